@@ -1,0 +1,1 @@
+"""Writes the Grafana dashboards in `generated/`. May import `gpuglass`."""

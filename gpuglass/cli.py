@@ -1,0 +1,73 @@
+"""The `gpuglass` command: finds the subcommands that are installed, parses arguments, turns errors into one
+line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+
+import gpuglass
+from gpuglass.command import Command
+from gpuglass.errors import UserError
+
+_EXAMPLES = """\
+examples:
+  gpuglass doctor                      what can be observed on this machine
+  gpuglass agent                       serve the metrics on http://127.0.0.1:9955/metrics
+  gpuglass agent --config agent.yaml   the same with a configuration file
+  gpuglass metrics --markdown          the catalog of metric families
+"""
+
+
+def commands() -> dict[str, Command]:
+    """Installed subcommands by name."""
+    found: dict[str, Command] = {}
+    for entry in sorted(entry_points(group="gpuglass.commands"), key=lambda entry: entry.name):
+        command = entry.load()
+        if isinstance(command, Command):
+            found[entry.name] = command
+    return found
+
+
+def parser(available: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The whole argument parser."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="gpuglass",
+        description="GPU inference made visible for Prometheus, Alertmanager and Grafana.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
+    )
+    top.add_argument("--version", action="version", version=f"gpuglass {gpuglass.__version__}")
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in available.items():
+        sub = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.description or command.summary,
+            epilog=command.examples and f"examples:\n{command.examples}",
+            formatter_class=raw,
+        )
+        command.configure(sub)
+        sub.set_defaults(run=command.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
+    arguments = parser(commands()).parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except UserError as error:
+        print(f"gpuglass: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`gpuglass metrics | head`): not an error worth a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -1,0 +1,357 @@
+"""Configuration: one YAML file, `GPUGLASS_*` variables over it, defaults below.
+
+`load` reads both and gives a frozen `Config`, or raises `ConfigError` with one line that names the file or
+variable, the key and what is wrong with it. Each leaf key has a variable: `gpu.process.limit` is
+`GPUGLASS_GPU_PROCESS_LIMIT`. Secrets never stand here, only the names of files that hold them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+import yaml
+
+from gpuglass.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 20
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)\Z")
+_DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Seconds(float):
+    """A duration in seconds, written as a number of seconds or as 500ms, 1s, 2m, 1h."""
+
+    @classmethod
+    def parse(cls, value: object) -> Seconds:
+        """Read a duration; raises ValueError."""
+        if isinstance(value, str) and (match := _DURATION.match(value.strip())):
+            return cls(float(match[1]) * _DURATION_SECONDS[match[2]])
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return cls(value)
+        raise ValueError(f"expected a duration such as 500ms, 1s or 2m, got {value!r}")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{key}: must be between {low:g}s and {high:g}s, is {value:g}s")
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of the configuration: keys that are not declared are refused."""
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
+class LogConfig(_Section, frozen=True):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class ServerConfig(_Section, frozen=True):
+    """The /metrics server. All keys need a restart; the web configuration file's content is re-read by
+    itself."""
+
+    listen: str = "127.0.0.1:9955"
+    """Address and port; `0.0.0.0:9955` or `[::]:9955` serve other machines, which should mean a
+    web_config_file."""
+    web_config_file: str = ""
+    """TLS and basic authentication in the exporter-toolkit's format."""
+    max_connections: Count = 64
+    max_scrapes: Count = 8
+    """Scrapes rendered at the same time; more get status 503."""
+    request_timeout: Seconds = Seconds(10)
+    idle_timeout: Seconds = Seconds(75)
+    """How long a kept connection may be silent; longer than the scrape interval."""
+
+    def __post_init__(self) -> None:
+        _within("request_timeout", self.request_timeout, 0.1, 300)
+        _within("idle_timeout", self.idle_timeout, 1, 3600)
+
+
+class ProcessConfig(_Section, frozen=True):
+    """Processes on a GPU."""
+
+    pid_label: bool = False
+    """Give each process a series of its own with its pid. Off, processes of one name and workload share
+    one."""
+    limit: Count = 64
+    """Process series per GPU; further ones are summed into process="other"."""
+
+
+class KubernetesConfig(_Section, frozen=True):
+    """Where the node says which pod a container belongs to. Absent paths are no error."""
+
+    pod_resources_socket: str = "/var/lib/kubelet/pod-resources/kubelet.sock"
+    container_logs: str = "/var/log/containers"
+    """Only names of links are read: they name pod, namespace and container."""
+    pod_logs: str = "/var/log/pods"
+    resources: tuple[str, ...] = ("nvidia.com/gpu", "nvidia.com/mig-*")
+    """Patterns of the resource names that are GPUs."""
+    refresh: Seconds = Seconds(10)
+
+    def __post_init__(self) -> None:
+        _within("refresh", self.refresh, 1, 600)
+
+
+class GpuConfig(_Section, frozen=True):
+    """The GPU exporter."""
+
+    enabled: bool = True
+    interval: Seconds = Seconds(1)
+    """How often the fast tier is sampled, 0.1 to 60 s."""
+    slow_interval: Seconds = Seconds(5)
+    """How often the slow tier is sampled; at least `interval`."""
+    hang_timeout: Seconds = Seconds(5)
+    """A GPU whose driver call takes longer is shown as down, reason hung."""
+    retry_interval: Seconds = Seconds(10)
+    """How often a missing or lost driver or GPU is tried again."""
+    nvml_library: str = ""
+    """Path of libnvidia-ml.so.1; empty: where the loader finds it."""
+    xid_events: bool = True
+    process: ProcessConfig = ProcessConfig()
+
+    def __post_init__(self) -> None:
+        _within("interval", self.interval, 0.1, 60)
+        _within("slow_interval", self.slow_interval, 0.1, 300)
+        _within("hang_timeout", self.hang_timeout, 0.5, 300)
+        _within("retry_interval", self.retry_interval, 0.1, 3600)
+        if self.slow_interval < self.interval:
+            raise ValueError(
+                f"slow_interval: {self.slow_interval:g}s is less than interval, {self.interval:g}s"
+            )
+
+
+class Config(_Section, frozen=True):
+    """The whole configuration of the agent."""
+
+    log: LogConfig = LogConfig()
+    server: ServerConfig = ServerConfig()
+    gpu: GpuConfig = GpuConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    proc: str = "/proc"
+    """Where the host's /proc is seen."""
+
+
+NEEDS_RESTART = ("server.", "proc", "kubernetes.", "gpu.enabled", "gpu.nvml_library", "gpu.xid_events")
+"""Keys, or beginnings of keys, that cannot change while the agent runs."""
+
+FOREIGN_VARIABLES = frozenset(
+    {"GPUGLASS_CONFIG", "GPUGLASS_CACHE", "GPUGLASS_SOCKET", "GPUGLASS_REQUIRE", "GPUGLASS_BUDGETS"}
+)
+_SERVICE_LINK = re.compile(
+    r"GPUGLASS(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?)\Z"
+)
+"""Variables that Kubernetes sets in each pod when a Service is called gpuglass."""
+
+
+def leaves(section: type[msgspec.Struct] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """All keys with their type and default, depth first: ("gpu.interval", Seconds, 1.0), …"""
+    for info in msgspec.structs.fields(section):
+        if isinstance(info.type, type) and issubclass(info.type, msgspec.Struct):
+            yield from leaves(info.type, f"{prefix}{info.name}.")
+        else:
+            yield prefix + info.name, info.type, info.default
+
+
+def variable(key: str) -> str:
+    """Name of the variable that sets a key."""
+    return "GPUGLASS_" + key.upper().replace(".", "_")
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read the configuration; raises `ConfigError`.
+
+    Without `path` the file named by `GPUGLASS_CONFIG` is read, if any.
+    """
+    if path is None and environ.get("GPUGLASS_CONFIG"):
+        path = Path(environ["GPUGLASS_CONFIG"])
+    document = read_yaml_mapping(path) if path is not None else {}
+    _drop_empty_sections(document)
+    origins = _overlay(document, environ)
+    try:
+        return msgspec.convert(document, Config, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), document, str(path) if path else "configuration", origins) from None
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Keys whose values differ."""
+    return [key for key, _, _ in leaves() if value_of(old, key) != value_of(new, key)]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def check_reload(old: Config, new: Config) -> list[str]:
+    """Keys that changed and can be taken at once; raises `ConfigError` if one of them needs a restart."""
+    changed = changed_keys(old, new)
+    for key in changed:
+        if key.startswith(NEEDS_RESTART):
+            raise ConfigError(
+                f"{key}: cannot change while the agent runs; restart it to apply {value_of(new, key)!r}"
+            )
+    return changed
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML silently takes the last."""
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is not a word", key_node.start_mark
+            )
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file whose top is a mapping with unique string keys (empty file: no keys); raises
+    `ConfigError`."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error.strerror}") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES // 1024} KiB")
+    try:
+        document = yaml.load(raw, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_yaml_problem(error)}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: the top must be a mapping of keys, is a {type(document).__name__}")
+    return document
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = (
+        getattr(error, "problem", None) or str(error).splitlines()[0] if str(error) else "not valid YAML"
+    )
+    return f"line {mark.line + 1}: {problem}" if mark is not None else f"{problem}"
+
+
+def _overlay(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Write the variables into the document; gives the variable that each key came from."""
+    known = {variable(key): (key, kind) for key, kind, _ in leaves()}
+    origins: dict[str, str] = {}
+    for name in sorted(environ):
+        if not name.startswith("GPUGLASS_") or name in FOREIGN_VARIABLES or _SERVICE_LINK.match(name):
+            continue
+        if name not in known:
+            raise ConfigError(f"{name}: no such setting{_did_you_mean(name, known)}")
+        key, kind = known[name]
+        *sections, leaf = key.split(".")
+        into = document
+        for section in sections:
+            inner = into.setdefault(section, {})
+            if not isinstance(inner, dict):
+                break  # the file is wrong there; the conversion will say so
+            into = inner
+        else:
+            into[leaf] = _from_text(environ[name], kind)
+            origins[key] = name
+    return origins
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """A variable's text as the document would hold it."""
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    if get_origin(kind) is tuple and get_args(kind)[0] is str:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Seconds:
+        return Seconds.parse(value)
+    raise NotImplementedError(kind)
+
+
+_AT = re.compile(r" - at `\$\.?(.*)`\Z")
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`")
+
+
+def _explain(message: str, document: Any, source: str, origins: Mapping[str, str]) -> ConfigError:
+    """Turn msgspec's message into one line: file or variable, key, what is wrong with it."""
+    at = _AT.search(message)
+    path = at[1] if at else ""
+    text = message[: at.start()] if at else message
+    if unknown := _UNKNOWN_FIELD.match(text):
+        key = f"{path}.{unknown[1]}" if path else unknown[1]
+        return ConfigError(f"{source}: {key}: no such key{_did_you_mean(key, dict.fromkeys(_all_keys()))}")
+    if named := re.match(r"([a-z_]+): (.*)", text):  # a __post_init__ names the key in its section
+        path, text = f"{path}.{named[1]}" if path else named[1], named[2]
+    elif (kind := {key: kind for key, kind, _ in leaves()}.get(path)) is not None:
+        text = _expectation(kind, text) + f", is {_value_at(document, path)!r}"
+    text = text.replace("Expected `object`", "expected keys below it").replace("`", "")
+    where = origins.get(path, f"{source}: {path}" if path else source)
+    return ConfigError(f"{where}: {text[:1].lower()}{text[1:]}")
+
+
+def _expectation(kind: Any, text: str) -> str:
+    if get_origin(kind) is Literal:
+        return f"must be one of {', '.join(get_args(kind))}"
+    if kind == Count:
+        return "must be a whole number from 1 to 100000"
+    if kind is bool:
+        return "must be true or false"
+    if kind is str:
+        return "must be a text"
+    return text.split(", got")[0]
+
+
+def _value_at(document: Any, path: str) -> Any:
+    for name in path.split("."):
+        document = document[name]
+    return document
+
+
+def _drop_empty_sections(document: dict[str, Any]) -> None:
+    """A section whose keys are all commented out reads as null: it is an empty section."""
+    sections = {key.split(".")[0] for key in _all_keys() if "." in key}
+    for name in sections & document.keys():
+        if document[name] is None:
+            del document[name]
+
+
+def _all_keys() -> list[str]:
+    keys = [key for key, _, _ in leaves()]
+    return keys + sorted({key.rsplit(".", n)[0] for key in keys for n in range(1, key.count(".") + 1)})
+
+
+def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else "; `gpuglass config show` lists them"

@@ -1,0 +1,1 @@
+"""Declarations of metric families, one module per exporter; `gpuglass.catalog` collects them."""

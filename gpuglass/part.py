@@ -1,0 +1,41 @@
+"""What a part of the agent is. Rooms register theirs as entry points of the group `gpuglass.agent_parts`.
+
+A part runs threads of its own, publishes batches to the store, and never lets an error reach the agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpuglass.config import Config
+from gpuglass.store import Store
+
+
+class Part(Protocol):
+    """A running part of the agent."""
+
+    def start(self) -> None:
+        """Start the part's threads; returns at once."""
+
+    def reload(self, config: Config) -> None:
+        """Take a new configuration whose changed keys need no restart."""
+
+    def stop(self, timeout: float) -> bool:
+        """Stop within `timeout` seconds; False if a thread is stuck and was left behind."""
+
+    def not_ready(self) -> str | None:
+        """Why the part has no data yet, in one line; None once it has looked."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartContext:
+    """What the agent gives to a part."""
+
+    config: Config
+    store: Store
+
+
+CreatePart = Callable[[PartContext], Part | None]
+"""Makes a part; None if the configuration switches it off."""

@@ -1,0 +1,157 @@
+"""The latest samples of every family, and their rendering for a scrape.
+
+Parts publish batches from their own threads; a scrape reads what lies there and never calls back into a
+driver. Each family is rendered by `prometheus_client` once per format and kept until its samples change, so
+that a scrape mostly joins bytes that exist already.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client.exposition import choose_encoder, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
+
+from gpuglass.family import Batch, CatalogError, Family, Tier
+
+Live = Callable[[Batch], None]
+"""Adds samples computed at the moment of the scrape, from memory only (ages, counters of the server
+itself)."""
+
+CONTENT_TYPE_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_OPENMETRICS_END = b"# EOF\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """An exposition format that was negotiated: the content type and `prometheus_client`'s encoder for it."""
+
+    content_type: str
+    encode: Callable[[_One], bytes]
+
+    @property
+    def openmetrics(self) -> bool:
+        """True for formats that carry exemplars and end with an EOF line."""
+        return self.content_type.startswith("application/openmetrics-text")
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """The least that an encoder of `prometheus_client` asks of a registry."""
+
+    metric: Metric
+
+    def collect(self) -> Iterable[Metric]:
+        return (self.metric,)
+
+
+_TEXT = Format(CONTENT_TYPE_TEXT, generate_latest)
+_KNOWN_VERSIONS = ("1.0.0", "2.0.0")
+
+
+def negotiate(accept: str) -> Format:
+    """Choose the format for an `Accept` header as Prometheus 2.x and 3.x send it.
+
+    A header that `prometheus_client` cannot read, or a version that it merely echoes, gives the classic text
+    format, which every scraper reads: the number of formats (and so of cached renderings) stays small.
+    """
+    try:
+        encode, content_type = choose_encoder(accept[:1024])
+    except (TypeError, ValueError):
+        return _TEXT
+    version = next((p.strip()[8:] for p in content_type.split(";") if p.strip().startswith("version=")), "")
+    if version not in _KNOWN_VERSIONS:
+        return _TEXT
+    return Format(content_type, encode)
+
+
+@dataclass(slots=True, eq=False)
+class _Rendered:
+    """Samples of one family and their renderings by content type."""
+
+    family: Family
+    samples: dict[tuple[str, ...], Sample]
+    bytes_by_format: dict[str, bytes] = field(default_factory=dict)
+
+    def render(self, fmt: Format) -> bytes:
+        found = self.bytes_by_format.get(fmt.content_type)
+        if found is None:
+            family = self.family
+            metric = Metric(family.base_name, family.help, family.kind.value, family.unit)
+            metric.samples = list(self.samples.values())
+            found = fmt.encode(_One(metric)).removesuffix(_OPENMETRICS_END)
+            self.bytes_by_format[fmt.content_type] = found
+        return found
+
+
+class Store:
+    """Holds what each part published last. Safe for any number of publishers and scrapes at once.
+
+    `families` are the declared ones that this process owns: publishing any other raises `CatalogError`.
+    """
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._declared = frozenset(families)
+        self._lock = threading.Lock()
+        self._sources: dict[str, dict[Family, _Rendered]] = {}
+        self._owner_of: dict[Family, str] = {}
+        self._live: dict[str, Live] = {}
+
+    def publish(self, source: str, batch: Batch) -> None:
+        """Replace everything that `source` published before. A family belongs to one source for good."""
+        before = self._sources.get(source, {})
+        now: dict[Family, _Rendered] = {}
+        for family, samples in batch.samples.items():
+            if family not in self._declared:
+                raise CatalogError(f"{family.name} is not declared for this process")
+            owner = self._owner_of.setdefault(family, source)
+            if owner != source:
+                raise CatalogError(f"{family.name} is published by {owner}, not by {source}")
+            if samples:
+                old = before.get(family)
+                now[family] = (
+                    old if old is not None and old.samples == samples else _Rendered(family, samples)
+                )
+        with self._lock:
+            self._sources[source] = now
+
+    def withdraw(self, source: str) -> None:
+        """Drop everything that `source` published: its series go stale at the next scrape."""
+        with self._lock:
+            self._sources.pop(source, None)
+
+    def add_live(self, source: str, live: Live) -> None:
+        """Let `live` add samples at each scrape. It must only read memory and be quick."""
+        with self._lock:
+            self._live[source] = live
+
+    def exposition(self, tiers: frozenset[Tier], fmt: Format) -> bytes:
+        """Render all families of `tiers`, sorted by name."""
+        with self._lock:
+            published = list(self._sources.values())
+            live = list(self._live.items())
+        rendered = [entry for source in published for entry in source.values() if entry.family.tier in tiers]
+        for _, fill in live:
+            batch = Batch()
+            fill(batch)
+            rendered += [
+                _Rendered(family, samples)
+                for family, samples in batch.samples.items()
+                if samples and family.tier in tiers and family in self._declared
+            ]
+        rendered.sort(key=lambda entry: entry.family.name)
+        body = b"".join(entry.render(fmt) for entry in rendered)
+        return body + _OPENMETRICS_END if fmt.openmetrics else body
+
+    def series(self) -> Mapping[Tier, int]:
+        """Number of published samples by tier, without those of live sources."""
+        with self._lock:
+            published = list(self._sources.values())
+        counts = dict.fromkeys(Tier, 0)
+        for source in published:
+            for entry in source.values():
+                counts[entry.family.tier] += len(entry.samples)
+        return counts

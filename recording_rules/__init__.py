@@ -1,0 +1,1 @@
+"""Writes the recording rule files in `generated/`. May import `gpuglass`."""
