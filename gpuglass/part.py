@@ -5,7 +5,7 @@ A part runs threads of its own, publishes batches to the store, and never lets a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,8 @@ class PartContext:
 
     config: Config
     store: Store
+    add_capabilities: Callable[[Callable[[], Mapping[str, str]]], None]
+    """Takes a function that gives states of node features by name, for `gpuglass_agent_capability`."""
 
 
 CreatePart = Callable[[PartContext], Part | None]

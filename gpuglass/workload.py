@@ -123,12 +123,17 @@ _RUNTIMES = {
 
 _QOS = ("besteffort", "burstable")
 _NAME_MAX = 255
+_DEPTH_LIMIT = 128
 _CGROUP_LIMIT = 65536
 _MOUNTINFO_LIMIT = 1 << 20
 
 
 def parse_cgroup(text: str) -> CgroupIdentity:
-    """The most telling identity among the lines of a `/proc/PID/cgroup` (v1, v2 or both). Never raises."""
+    """The most telling identity among the lines of a `/proc/PID/cgroup` (v1, v2 or both). Never raises.
+
+    Limit: a path says what its owner made of it. Who may make control groups (root, a user with a delegated
+    slice) can make one that reads like a pod's, as a kubelet in a container or a rootless one rightly does.
+    """
     best = CgroupIdentity()
     hidden = False
     visible = False
@@ -153,6 +158,8 @@ def _segments(path: str) -> list[str]:
     for part in path.removesuffix(" (deleted)").split("/"):
         if not part or len(part) > _NAME_MAX:
             continue
+        if len(segments) >= _DEPTH_LIMIT:
+            break
         pieces = part.split(":")
         segments += [pieces[0], f"{pieces[1]}-{pieces[2]}"] if len(pieces) == 3 else [part]
     return segments

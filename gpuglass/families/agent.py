@@ -30,9 +30,6 @@ CONFIG_RELOAD_TIME = _gauge(
     "seconds",
     "Unix time at which the configuration in force was loaded.",
 )
-PART_UP = _gauge(
-    "part_up", "", "1 while a part of the agent works; 0 when it failed to start or died.", "part"
-)
 CAPABILITY = _gauge(
     "capability",
     "",

@@ -131,6 +131,15 @@ BUSY_PEAK = _gauge(
     "Highest of the driver's own samples of the busy ratio since the last sample.",
     tier=Tier.FAST,
 )
+GRAPHICS_ACTIVE = _gauge(
+    "gpu_graphics_active_ratio",
+    "ratio",
+    "Share of time in which any compute or graphics work was active, mean since the last sample (GPM). "
+    "Differs from "
+    "gpuglass_gpu_busy_ratio only by how it is measured.",
+    tier=Tier.FAST,
+    absent=_HOPPER,
+)
 SM_ACTIVE = _gauge(
     "gpu_sm_active_ratio",
     "ratio",

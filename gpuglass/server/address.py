@@ -11,7 +11,9 @@ import re
 import socket
 from dataclasses import dataclass
 
-_LISTEN = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\s:\[\]/@]*)):(?P<port>[0-9]{1,5})\Z")
+_LISTEN = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\s:\[\]/@]*)):(?P<port>[0-9]{1,5})\Z"
+)
 _MEND = "choose another with listen: HOST:PORT"
 _BACKLOG = 128
 
@@ -32,7 +34,10 @@ class Address:
 
 
 def parse_listen(listen: str) -> Address:
-    """Read `127.0.0.1:9835`, `[::1]:9835`, `name:9835` or `:9835` (all interfaces, as Go's exporters read it)."""
+    """Read `127.0.0.1:9835`, `[::1]:9835`, `name:9835` or `:9835`.
+
+    The last means all interfaces, as Go's exporters read it. Raises `ListenError`.
+    """
     match = _LISTEN.match(listen.strip())
     if match is None:
         raise ListenError(f"listen: {listen[:80]!r} is not HOST:PORT, [IPV6]:PORT or :PORT")
@@ -60,7 +65,9 @@ def bind(address: Address) -> socket.socket:
         raise ListenError(f"listen: cannot resolve {address.host!r}: {error.strerror}; {_MEND}") from None
     except (OSError, UnicodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise ListenError(f"listen: cannot bind {address}: {reason[:1].lower()}{reason[1:]}; {_MEND}") from None
+        raise ListenError(
+            f"listen: cannot bind {address}: {reason[:1].lower()}{reason[1:]}; {_MEND}"
+        ) from None
 
 
 def _listen(family: int, where: object, dual: bool = False) -> socket.socket:

@@ -12,7 +12,7 @@ class ServerLimits:
     connections: int = 64
     """Open connections. One more is answered with 503 at once and closed."""
     scrapes: int = 8
-    """Scrapes rendered or sent at once (this bounds the memory for bodies). One more gets 503, Retry-After."""
+    """Scrapes rendered or sent at once, which bounds the memory for bodies. One more gets 503."""
     head_bytes: int = 16 * 1024
     """Request line and header fields together."""
     header_fields: int = 64

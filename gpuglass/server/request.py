@@ -85,7 +85,9 @@ def take_head(buffer: bytearray, max_bytes: int, max_fields: int) -> Head | None
     newline = buffer.find(b"\n", 0, MAX_LINE + 2)
     if newline < 0:
         if len(buffer) > MAX_LINE:
-            raise BadRequest(HTTPStatus.REQUEST_URI_TOO_LONG, Reason.TOO_LARGE, "the request line is too long")
+            raise BadRequest(
+                HTTPStatus.REQUEST_URI_TOO_LONG, Reason.TOO_LARGE, "the request line is too long"
+            )
         return None
     line = _request_line(bytes(buffer[:newline]))
     end = buffer.find(b"\r\n\r\n", 0, max_bytes)

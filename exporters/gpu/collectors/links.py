@@ -1,0 +1,194 @@
+"""PCIe and NVLink: bytes, errors, state.
+
+PCIe bytes come from the card's own counters, else from GPM's rates, else from the driver's 20 ms measurement,
+which blocks its caller and therefore has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+
+import pynvml
+
+from exporters.gpu.collectors.activity import Activity
+from exporters.gpu.device import Gpu
+from exporters.gpu.observe import DriverDown, Field, GpuDown, Observations, State, numbered, read_fields
+from gpuglass.families import gpu as families
+from gpuglass.family import Tier
+
+TX = Field(pynvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES, "pcie_bytes")
+RX = Field(pynvml.NVML_FI_DEV_PCIE_COUNT_RX_BYTES, "pcie_bytes")
+
+
+class Throughput(threading.Thread):
+    """Adds up the driver's 20 ms measurements of PCIe traffic: an estimate for cards that count no bytes."""
+
+    def __init__(self, gpu: Gpu, interval: float) -> None:
+        super().__init__(name=f"pcie-{gpu.device}", daemon=True)
+        self._gpu = gpu
+        self._interval = interval
+        self._closing = threading.Event()
+        self.bytes: tuple[float, float] | None = None
+        self.state: State | None = None
+
+    def run(self) -> None:
+        """Measure until closed or refused."""
+        see = Observations()
+        sent, received, last = 0.0, 0.0, time.monotonic()
+        while not self._closing.wait(self._interval):
+            try:
+                tx = see.read(
+                    "pcie",
+                    pynvml.nvmlDeviceGetPcieThroughput,
+                    self._gpu.handle,
+                    pynvml.NVML_PCIE_UTIL_TX_BYTES,
+                )
+                rx = see.read(
+                    "pcie",
+                    pynvml.nvmlDeviceGetPcieThroughput,
+                    self._gpu.handle,
+                    pynvml.NVML_PCIE_UTIL_RX_BYTES,
+                )
+            except (GpuDown, DriverDown):
+                return
+            self.state = see.states.get("pcie")
+            now = time.monotonic()
+            elapsed, last = now - last, now
+            if tx is None or rx is None:
+                if self.state is not State.ERROR:
+                    return
+                continue
+            sent, received = sent + tx * 1000 * elapsed, received + rx * 1000 * elapsed
+            self.bytes = (sent, received)
+
+    def close(self) -> None:
+        """Let the thread end after its present measurement."""
+        self._closing.set()
+
+
+class Pcie:
+    """Bytes, replays and the state of the PCIe link."""
+
+    name = "pcie"
+    tier = Tier.SLOW
+
+    def __init__(self, gpu: Gpu, activity: Activity, interval: float) -> None:
+        self._gpu = gpu
+        self._activity = activity
+        self._interval = interval
+        self._throughput: Throughput | None = None
+
+    def collect(self, see: Observations, now: float) -> None:
+        """Note bytes from the best source that there is, and the link."""
+        handle = self._gpu.handle
+        counters = read_fields(see, handle, (TX, RX))
+        if TX in counters and RX in counters:
+            self._bytes(see, (counters[TX], counters[RX]), "counter")
+        elif see.states.get("gpm_pcie") is State.SUPPORTED:
+            self._bytes(see, self._activity.pcie_bytes, "gpm")
+        elif "gpm" in see.states:  # the fast collectors have tried
+            self._measured(see)
+        see.add(
+            families.PCIE_REPLAYS, see.read("pcie_replays", pynvml.nvmlDeviceGetPcieReplayCounter, handle)
+        )
+        for kind, generation, width in (
+            ("current", pynvml.nvmlDeviceGetCurrPcieLinkGeneration, pynvml.nvmlDeviceGetCurrPcieLinkWidth),
+            ("max", pynvml.nvmlDeviceGetMaxPcieLinkGeneration, pynvml.nvmlDeviceGetMaxPcieLinkWidth),
+        ):
+            see.add(families.PCIE_LINK_GENERATION, see.read("pcie_link", generation, handle), kind)
+            see.add(families.PCIE_LINK_WIDTH, see.read("pcie_link", width, handle), kind)
+
+    def _bytes(self, see: Observations, sent_received: tuple[float, float], source: str) -> None:
+        see.add(families.PCIE_TX, round(sent_received[0]), source)
+        see.add(families.PCIE_RX, round(sent_received[1]), source)
+
+    def _measured(self, see: Observations) -> None:
+        if self._throughput is None:
+            self._throughput = Throughput(self._gpu, self._interval)
+            self._throughput.start()
+        if self._throughput.bytes is not None:
+            self._bytes(see, self._throughput.bytes, "throughput")
+        if self._throughput.state is not None:
+            see.states["pcie_throughput"] = self._throughput.state
+
+    def close(self) -> None:
+        """End the measuring thread."""
+        if self._throughput is not None:
+            self._throughput.close()
+
+
+_KIB = 1024
+_LINK_FIELDS: Mapping[int, tuple[str, int]] = {
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_BYTES: ("transmit", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_BYTES: ("receive_bytes", 1),
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: ("transmit", _KIB),
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX: ("receive_bytes", _KIB),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_LINK_RECOVERY_EVENTS: ("recovery", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_LINK_RECOVERY_FAILED_EVENTS: ("recovery_failed", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_ERRORS: ("receive", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_SYMBOL_ERRORS: ("symbol", 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY: ("replay", 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_RECOVERY: ("recovery", 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_CRC: ("crc", 1),
+}
+"""What each per-link field counts and its unit in bytes. NVLink 5 fields first: they are exact bytes."""
+
+
+def _capability(field: int) -> str:
+    kind = _LINK_FIELDS[field][0]
+    generation = "nvlink5" if field >= pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_PACKETS else "nvlink"
+    return f"{generation}_{'bytes' if kind in ('transmit', 'receive_bytes') else 'errors'}"
+
+
+class NvLink:
+    """State, payload bytes and errors of each NVLink."""
+
+    name = "nvlink"
+    tier = Tier.SLOW
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._links: tuple[int, ...] | None = None
+        self._fields: tuple[Field, ...] = ()
+
+    def collect(self, see: Observations, now: float) -> None:
+        """Note the links that the card has; which they are is asked once."""
+        if self._links is None or (not self._links and see.wanted("nvlink")):
+            self._discover(see)
+        if not self._links:
+            return
+        for link in self._links:
+            state = see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link)
+            see.add(families.NVLINK_UP, None if state is None else int(bool(state)), str(link))
+        found = read_fields(see, self._gpu.handle, self._fields)
+        noted: set[tuple[str, ...]] = set()
+        for field, value in numbered(self._fields, found):
+            kind, scale = _LINK_FIELDS[field.id]
+            if (field_key := (kind, str(field.scope))) in noted:
+                continue  # NVLink 5 and older counters can both answer: the first listed stands
+            noted.add(field_key)
+            if kind == "transmit":
+                see.add(families.NVLINK_TX, value * scale, field_key[1])
+            elif kind == "receive_bytes":
+                see.add(families.NVLINK_RX, value * scale, field_key[1])
+            else:
+                see.add(families.NVLINK_ERRORS, value, field_key[1], kind)
+
+    def _discover(self, see: Observations) -> None:
+        links = []
+        for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+            state = see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link)
+            if state is None:
+                break  # links are numbered without gaps
+            links.append(link)
+        if links:
+            see.succeeded("nvlink")  # asking for one link too many is how their number is found
+        self._links = tuple(links)
+        self._fields = tuple(
+            Field(field, _capability(field), link) for link in links for field in _LINK_FIELDS
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,129 @@
+"""GPM, the counters of Hopper and newer: means between two samples of a GPU or of a MIG instance.
+
+A window is never shorter than 100 ms (the driver gives garbage below), each metric's own status is checked,
+and the two sample buffers are freed when the sampler is closed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pynvml
+
+from exporters.gpu.observe import Observations, State
+from gpuglass.family import Family
+
+MIN_WINDOW = 0.1
+"""Seconds between two samples; nvml.h asks for at least 100 ms."""
+
+GRAPHICS, SM, OCCUPANCY, DRAM = 1, 2, 3, 10
+PCIE_TX, PCIE_RX = 20, 21
+PIPES: Mapping[int, str] = {
+    5: "tensor",
+    6: "tensor_dfma",
+    7: "tensor_hmma",
+    8: "tensor_dmma",
+    9: "tensor_imma",
+    11: "fp64",
+    12: "fp32",
+    13: "fp16",
+    4: "integer",
+}
+CAPABILITY: Mapping[int, str] = {
+    GRAPHICS: "graphics_active",
+    SM: "sm_active",
+    OCCUPANCY: "sm_occupancy",
+    DRAM: "dram_active",
+    PCIE_TX: "gpm_pcie",
+    PCIE_RX: "gpm_pcie",
+    **{metric: f"pipe_{pipe}" for metric, pipe in PIPES.items()},
+}
+RATIOS = (GRAPHICS, SM, OCCUPANCY, DRAM, *PIPES)
+
+
+def ratio(percent: float) -> float | None:
+    """A percentage of the driver as a ratio of four digits; None for what cannot be one."""
+    return round(percent / 100, 4) if math.isfinite(percent) and -0.01 <= percent <= 100.5 else None
+
+
+class GpmSampler:
+    """Means of GPM metrics over the time since the sample before. One per GPU or MIG instance, one thread."""
+
+    def __init__(self, take: Callable[[Any], None], metrics: Sequence[int], name: str = "gpm") -> None:
+        """`take` reads the counters of a GPU or an instance into a sample buffer."""
+        self._take = take
+        self._metrics = tuple(metrics)
+        self._name = name
+        self._samples: list[Any] = []
+        self._sampled_at: float | None = None
+        self._get = pynvml.c_nvmlGpmMetricsGet_t()
+
+    def sample(self, see: Observations, now: float) -> tuple[dict[int, float], float] | None:
+        """Values by metric id and the window in seconds; None until there is a window."""
+        if self._sampled_at is not None and now - self._sampled_at < MIN_WINDOW:
+            return None
+        while len(self._samples) < 2:
+            buffer = see.read(self._name, pynvml.nvmlGpmSampleAlloc)
+            if buffer is None:
+                return None
+            self._samples.append(buffer)
+        if not see.wanted(self._name):
+            return None
+        try:
+            self._take(self._samples[1])
+        except pynvml.NVMLError as error:
+            self._sampled_at = None
+            see.failed(self._name, error)
+            return None
+        see.succeeded(self._name)
+        before, self._sampled_at = self._sampled_at, now
+        self._samples.reverse()  # the newest is first, the older one is filled next
+        return None if before is None else (self._values(see), now - before)
+
+    def _values(self, see: Observations) -> dict[int, float]:
+        get = self._get
+        wanted = [metric for metric in self._metrics if see.wanted(CAPABILITY[metric])]
+        get.version = pynvml.NVML_GPM_METRICS_GET_VERSION
+        get.numMetrics = len(wanted)
+        get.sample1, get.sample2 = self._samples[1], self._samples[0]
+        for slot, metric in enumerate(wanted):
+            get.metrics[slot].metricId = metric
+        if see.read(self._name, pynvml.nvmlGpmMetricsGet, get) is None:
+            return {}
+        values: dict[int, float] = {}
+        for slot, metric in enumerate(wanted):
+            answer = get.metrics[slot]
+            if answer.nvmlReturn != pynvml.NVML_SUCCESS:
+                see.failed(CAPABILITY[metric], pynvml.NVMLError(answer.nvmlReturn))
+            elif math.isfinite(answer.value):
+                values[metric] = answer.value
+                see.succeeded(CAPABILITY[metric])
+            else:
+                see.refuse(CAPABILITY[metric], State.ERROR)
+        return values
+
+    def close(self) -> None:
+        """Free the buffers; before the driver is shut down."""
+        samples, self._samples, self._sampled_at = self._samples, [], None
+        for sample in samples:
+            try:
+                pynvml.nvmlGpmSampleFree(sample)
+            except pynvml.NVMLError:
+                return  # the driver has gone, and its memory with it
+
+
+def add_ratios(
+    see: Observations,
+    values: Mapping[int, float],
+    families: Mapping[int, Family],
+    pipe: Family,
+    *labels: str,
+) -> None:
+    """Note the ratios among GPM's values, pipes under the family `pipe`."""
+    for metric, percent in values.items():
+        if metric in PIPES:
+            see.add(pipe, ratio(percent), *labels, PIPES[metric])
+        elif metric in families:
+            see.add(families[metric], ratio(percent), *labels)

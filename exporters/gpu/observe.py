@@ -1,0 +1,220 @@
+"""One GPU's readings and what could be read: every NVML call passes here.
+
+A call's error is sorted once: the field is not supported (and is left alone for a while), the GPU or the
+driver is down (raised, for the worker), or the call failed this time (counted). Collectors see a value or
+None, never an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import pynvml
+
+from gpuglass.family import Family
+
+T = TypeVar("T")
+
+RETRY_UNSUPPORTED = 300.0
+"""Seconds after which a field that was not supported is tried again: a MIG change or a new permission may
+give it."""
+
+
+class State(StrEnum):
+    """What is known about a field on a GPU, exported as `gpuglass_gpu_capability`."""
+
+    SUPPORTED = "supported"
+    UNSUPPORTED = "unsupported"
+    MISSING_FUNCTION = "missing_function"
+    NO_PERMISSION = "no_permission"
+    ERROR = "error"
+
+
+class GpuDown(Exception):
+    """This GPU does not answer: no value of it can be trusted. `reason` is a word for a label."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class DriverDown(Exception):
+    """The driver has to be initialised again before any GPU answers."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+_DOWN = {
+    pynvml.NVML_ERROR_GPU_IS_LOST: "lost",
+    pynvml.NVML_ERROR_RESET_REQUIRED: "reset_required",
+    pynvml.NVML_ERROR_GPU_NOT_FOUND: "gone",
+}
+_DRIVER_DOWN = {
+    pynvml.NVML_ERROR_UNINITIALIZED: "uninitialized",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "driver_not_loaded",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "version_mismatch",
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "library_not_found",
+}
+_LASTING = {
+    pynvml.NVML_ERROR_NOT_SUPPORTED: State.UNSUPPORTED,
+    pynvml.NVML_ERROR_INVALID_ARGUMENT: State.UNSUPPORTED,
+    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH: State.MISSING_FUNCTION,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: State.MISSING_FUNCTION,
+    pynvml.NVML_ERROR_DEPRECATED: State.MISSING_FUNCTION,
+    pynvml.NVML_ERROR_NO_PERMISSION: State.NO_PERMISSION,
+}
+_NOTHING = frozenset({pynvml.NVML_SUCCESS, pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_NO_DATA})
+"""Codes of a list call that mean an empty list. pynvml raises NVMLError(0) where its size probe finds
+nothing."""
+
+
+def code_of(error: Exception) -> int:
+    """NVML's code of an exception; whatever ctypes raises for garbage counts as unknown."""
+    value = getattr(error, "value", None)
+    return value if isinstance(value, int) else int(pynvml.NVML_ERROR_UNKNOWN)
+
+
+def driver_reason(error: Exception) -> str:
+    """A word for why the driver cannot be used."""
+    return _DRIVER_DOWN.get(code_of(error), "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One value read from a GPU. `labels` follow the family's first two, which name the GPU."""
+
+    family: Family
+    value: float
+    labels: tuple[str, ...]
+
+
+class Observations:
+    """Reads fields of one GPU and remembers which of them can be read. Used by one thread at a time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.states: dict[str, State] = {}
+        self.errors = 0
+        self.entries: list[Entry] = []
+        self._clock = clock
+        self._retry_at: dict[str, float] = {}
+        self.reads = 0
+
+    def add(self, family: Family, value: float | None, *labels: str) -> None:
+        """Note a value for publication; None is unknown and noted nowhere."""
+        if value is not None:
+            self.entries.append(Entry(family, value, labels))
+
+    def take(self) -> tuple[Entry, ...]:
+        """Give the entries noted since the last call."""
+        entries = tuple(self.entries)
+        self.entries = []
+        return entries
+
+    def read(self, field: str, call: Callable[..., T], *arguments: Any) -> T | None:
+        """Call NVML for `field`; None if it has no value. Raises `GpuDown` or `DriverDown`."""
+        if not self.wanted(field):
+            return None
+        try:
+            value = call(*arguments)
+        except pynvml.NVMLError as error:
+            self.failed(field, error)
+            return None
+        self.succeeded(field)
+        return value
+
+    def read_list(self, field: str, call: Callable[..., Sequence[T]], *arguments: Any) -> Sequence[T] | None:
+        """As `read` for calls that give a list: "not found" means an empty one, for example an idle GPU."""
+        if not self.wanted(field):
+            return None
+        try:
+            value: Sequence[T] = call(*arguments)
+        except pynvml.NVMLError as error:
+            if code_of(error) not in _NOTHING:
+                self.failed(field, error)
+                return None
+            value = ()
+        self.succeeded(field)
+        return value
+
+    def wanted(self, field: str) -> bool:
+        """False while a field is known not to be supported."""
+        retry_at = self._retry_at.get(field)
+        return retry_at is None or self._clock() >= retry_at
+
+    def succeeded(self, field: str) -> None:
+        """Note that a field was read."""
+        self.reads += 1
+        self.states[field] = State.SUPPORTED
+        self._retry_at.pop(field, None)
+
+    def failed(self, field: str, error: Exception) -> None:
+        """Sort an error; raises `GpuDown` or `DriverDown` for those that concern more than the field."""
+        code = code_of(error)
+        if code in _DOWN:
+            raise GpuDown(_DOWN[code])
+        if code in _DRIVER_DOWN:
+            raise DriverDown(_DRIVER_DOWN[code])
+        self.refuse(field, _LASTING.get(code, State.ERROR))
+
+    def refuse(self, field: str, state: State) -> None:
+        """Note that a field has no value: for a while if it is not supported, this time only after an
+        error."""
+        self.states[field] = state
+        if state is State.ERROR:
+            self.errors += 1
+        else:
+            self._retry_at[field] = self._clock() + RETRY_UNSUPPORTED
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One of NVML's numbered fields: its id, the scope (a link) and the capability under which it is
+    known."""
+
+    id: int
+    capability: str
+    scope: int = 0
+
+
+_UNION_MEMBER = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+"""Members of nvmlValue_t by nvmlValueType_t."""
+
+
+def field_value(value: Any) -> float | None:
+    """Number in an nvmlFieldValue_t; None for a type that this version does not know."""
+    kind = value.valueType
+    return getattr(value.value, _UNION_MEMBER[kind]) if 0 <= kind < len(_UNION_MEMBER) else None
+
+
+def read_fields(see: Observations, handle: Any, fields: Sequence[Field]) -> dict[Field, float]:
+    """Read many fields in one driver call; those without a value are missing from the answer."""
+    wanted = [field for field in fields if see.wanted(field.capability)]
+    if not wanted:
+        return {}
+    values = see.read(
+        "fields",
+        pynvml.nvmlDeviceGetFieldValues,
+        handle,
+        [(field.id, field.scope) for field in wanted],
+    )
+    found: dict[Field, float] = {}
+    for field, value in zip(wanted, values or (), strict=False):
+        if value.nvmlReturn == pynvml.NVML_SUCCESS:
+            number = field_value(value)
+            if number is not None:
+                found[field] = number
+                see.succeeded(field.capability)
+        else:
+            see.failed(field.capability, pynvml.NVMLError(value.nvmlReturn))
+    return found
+
+
+def numbered(fields: Sequence[Field], found: dict[Field, float]) -> Iterator[tuple[Field, float]]:
+    """Fields that have a value, in the order asked."""
+    return ((field, found[field]) for field in fields if field in found)
