@@ -1,8 +1,9 @@
 """Finds Prometheus, Alertmanager and their tools, or fetches them from the distribution.
 
-In: a program's name. Out: the path of an executable file, from the PATH if it is there, else unpacked from the
-Debian or Ubuntu package into a cache folder. Nothing is installed: no service starts, no right is needed, and deleting
-the cache folder undoes it. What cannot be had raises `ProgramMissing`, one line that names the mend.
+In: a program's name. Out: the path of an executable file, from the PATH if it is there, else unpacked from
+the Debian or Ubuntu package into a cache folder. Nothing is installed: no service starts, no right is
+needed, and deleting the cache folder undoes it. What cannot be had raises `ProgramMissing`, one line that
+names the mend.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Reason(enum.StrEnum):
 
 
 class ProgramMissing(Exception):
-    """A program is neither on the PATH nor to be fetched; the text is one line with the command that mends it."""
+    """A program is neither on the PATH nor to be fetched; the text is one line that ends with the mend."""
 
     def __init__(self, program: str, reason: Reason, detail: str, command: str) -> None:
         super().__init__(f"{program} is missing: {reason}{f' ({detail})' if detail else ''}; {command}")
@@ -131,17 +132,17 @@ def find(program: str) -> Path:
 
 
 def _fetch(program: str, package: str, folder: Path) -> None:
-    """Downloads and unpacks `package` to `folder`/PACKAGE_VERSION_ARCHITECTURE, which appears only when complete."""
+    """Unpacks `package` to `folder`/PACKAGE_VERSION_ARCHITECTURE, which appears only when complete."""
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as temporary:
         download = _apt(temporary, "download", package)
         if download.returncode:
-            # apt's own lists are absent (a fresh container) or stale. Lists of our own need no root, leave the
+            # apt's lists are absent (a fresh container) or stale. Lists of our own need no root, leave the
             # machine as it is and do not wait for another apt that runs.
             (Path(temporary) / "lists/partial").mkdir(parents=True)
-            private = ("-o", f"Dir::State::Lists={temporary}/lists", "-o", "Dir::Cache::pkgcache=")
-            private += ("-o", "Dir::Cache::srcpkgcache=")
-            update = _apt(temporary, *private, "update")
-            download = _apt(temporary, *private, "download", package)
+            private = (f"State::Lists={temporary}/lists", "Cache::pkgcache=", "Cache::srcpkgcache=")
+            options = [part for option in private for part in ("-o", f"Dir::{option}")]
+            update = _apt(temporary, *options, "update")
+            download = _apt(temporary, *options, "download", package)
             if download.returncode:
                 _explain(program, package, f"{update.stderr}\n{download.stderr}")
         deb = next(Path(temporary).glob("*.deb"))
@@ -152,13 +153,20 @@ def _fetch(program: str, package: str, folder: Path) -> None:
 
 
 def _apt(cwd: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return _run(cwd, "apt-get", "-qq", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=2", *arguments)
+    return _run(
+        cwd, "apt-get", "-qq", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=2", *arguments
+    )
 
 
 def _run(cwd: str, *command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, cwd=cwd, env=os.environ | {"LC_ALL": "C"}, capture_output=True, text=True, timeout=APT_SECONDS
+            command,
+            cwd=cwd,
+            env=os.environ | {"LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            timeout=APT_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"E: timed out after {APT_SECONDS} s")
@@ -168,8 +176,8 @@ _SIGNS = (
     (Reason.DISK_FULL, r"No space left|enough free space|Disk quota exceeded"),
     (
         Reason.NO_NETWORK,
-        r"Could not resolve|Temporary failure|Failed to fetch|[Uu]nable to connect|Could not connect|timed out"
-        r"|Cannot initiate the connection|Network is unreachable",
+        r"Could not resolve|Temporary failure|Failed to fetch|[Uu]nable to connect|Could not connect"
+        r"|timed out|Cannot initiate the connection|Network is unreachable",
     ),
     (Reason.UNKNOWN_PACKAGE, r"Unable to locate package|no installation candidate|Can't find a source"),
     (Reason.NO_PERMISSION, r"Permission denied|Read-only file system|Operation not permitted"),

@@ -1,0 +1,86 @@
+"""Builds the Go tools that tests use, each from a module of its own, once per machine.
+
+In: `tests/tools/NAME/go.mod` and `go.sum`, which pin the tool, and its row in `TOOLS`. Out: executable
+files in the cache folder, in one entry per tool, pinned content, flags and Go version; an entry appears
+only when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuglass.demo.distribution import cache_folder, locked
+
+MODULES = Path(__file__).parents[1] / "tools"
+COMMON_FLAGS = ("-mod=readonly", "-trimpath", "-ldflags=-s -w")
+LOG_LINES = 12
+"""How much of a failed build's output is shown."""
+
+
+class BuildFailed(Exception):
+    """The text holds the last lines of the build's output."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoTool:
+    """A module below tests/tools whose `tool` directives name the programs."""
+
+    name: str
+    programs: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    modules: Path = MODULES
+
+    def entry(self) -> Path:
+        """The cache folder that holds the programs, or will; needs `go`."""
+        module = self.modules / self.name
+        go = subprocess.run(["go", "version"], cwd=module, capture_output=True, text=True, check=True).stdout
+        content = (module / "go.mod").read_bytes() + (module / "go.sum").read_bytes()
+        key = hashlib.sha256(repr((go, content, COMMON_FLAGS, self.flags)).encode()).hexdigest()[:16]
+        return cache_folder() / "tools" / f"{self.name}-{key}"
+
+    def program(self, name: str) -> Path | None:
+        """The built program, or None before `build`."""
+        if not shutil.which("go"):
+            return None
+        path = self.entry() / name
+        return path if path.exists() else None
+
+    def build(self) -> None:
+        """Builds all programs unless they are there. Raises BuildFailed.
+
+        One build at a time: each takes all cores, and two at once only take the memory of both.
+        """
+        entry = self.entry()
+        with locked(entry.parent / ".lock"):
+            if entry.exists():
+                return
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=entry.parent) as temporary:
+                command = ["go", "build", *COMMON_FLAGS, *self.flags, "-o", f"{temporary}/bin/", "tool"]
+                done = subprocess.run(
+                    command,
+                    cwd=self.modules / self.name,
+                    env=os.environ | {"CGO_ENABLED": "0"},  # static: needs no C compiler, runs anywhere
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                if done.returncode:
+                    raise BuildFailed("\n".join(done.stdout.splitlines()[-LOG_LINES:]))
+                Path(temporary, "bin").rename(entry)
+
+
+PROMETHEUS = GoTool(
+    "prometheus",
+    ("prometheus", "promtool"),
+    # Static, file and http discovery are always in; every other one would more than double the build.
+    ("-tags=remove_all_sd,enable_kubernetes_sd",),
+)
+
+TOOLS = {tool.name: tool for tool in (PROMETHEUS,)}
