@@ -1,1 +1,2 @@
-"""Scores, leak and recurrence detectors and forecasts from the series in Prometheus. May import `gpuglass`."""
+"""Scores, leak and recurrence detectors and forecasts from the series in Prometheus. May import
+`gpuglass`."""

@@ -18,9 +18,12 @@ trap 'umount -R "$root/proc" "$root/sys" "$root/dev" 2>/dev/null; rm -rf --one-f
 trap 'exit 130' INT TERM
 
 timed() { # NAME COMMAND…
-  name=$1 start=$(date +%s) code=0
+  name=$1 start=$(date +%s)
   shift
-  "$@" || code=$?
+  set +e
+  (set -e; "$@")
+  code=$?
+  set -e
   echo "== $name: exit code $code, $(($(date +%s) - start)) s"
   [ $code = 0 ] || result=1
 }
@@ -34,13 +37,13 @@ make_root() {
   rm "$root.log"
   # This machine's way to the network.
   rm -rf "$root/etc/apt"
-  for path in /etc/apt /etc/pip.conf /root/.pip /root/.config/pip /usr/local/share/ca-certificates; do
-    [ ! -e $path ] || { mkdir -p "$root${path%/*}" && cp -a $path "$root${path%/*}/"; }
+  for path in /etc/apt /etc/pip.conf "$HOME/.pip" "$HOME/.config/pip" /usr/local/share/ca-certificates; do
+    [ ! -e "$path" ] || { mkdir -p "$root${path%/*}"; cp -a "$path" "$root${path%/*}/"; }
   done
   cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
   chroot "$root" update-ca-certificates >/dev/null 2>&1
   cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
-  mkdir "$root/gpuglass"
+  mkdir -p "$root/gpuglass" "$root$HOME"
   git archive "${REVISION:-HEAD}" | tar -x -C "$root/gpuglass"
   mount -t proc proc "$root/proc"
   mount --rbind /sys "$root/sys"
@@ -48,7 +51,7 @@ make_root() {
 }
 
 inside() { # COMMAND…: with this machine's environment, for what pip needs of it, but a plain PATH and no cache
-  chroot "$root" env -u GPUGLASS_CACHE -u XDG_CACHE_HOME HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+  chroot "$root" env -u GPUGLASS_CACHE -u XDG_CACHE_HOME PATH=/usr/sbin:/usr/bin:/sbin:/bin \
     sh -c 'cd /gpuglass && exec "$@"' sh "$@"
 }
 

@@ -14,13 +14,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 
-from tests.support import bench, processes, requirements
+from tests.support import bench, requirements
 from tests.support.budgets import CORE, ROOMS, SECONDS, Spent, room_of
 from tests.support.prometheus import PrometheusError, promtool_check_metrics, running_prometheus
 from tests.support.tools import PROMETHEUS, TOOLS, BuildFailed, GoTool
@@ -287,14 +288,13 @@ def test_processes_left_behind_fail_the_session_and_are_killed(session: Session)
     assert "tests left processes behind (killed now):" in outcome.text
     for command in (": sleep 60", ": sleep 61"):
         (line,) = [line for line in outcome.text.splitlines() if line.endswith(command)]
-        stat = Path("/proc", line.split(":")[0].strip(), "stat")
-        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        with suppress(FileNotFoundError, ProcessLookupError):  # gone, or else a zombie that nobody waited for
+            assert Path("/proc", line.split(":")[0].strip(), "stat").read_text().rpartition(")")[2][1] == "Z"
 
 
-def test_a_process_that_ends_in_time_is_no_leftover() -> None:
-    process = subprocess.Popen(["sleep", "0.3"])
-    assert process.pid not in processes.survivors(os.environ[processes.MARK], grace_seconds=5)
-    process.wait()
+def test_a_process_that_ends_in_time_is_no_leftover(session: Session) -> None:
+    outcome = session('import subprocess\ndef test_it(): subprocess.Popen(["sleep", "0.5"])')
+    assert outcome.code == 0, outcome.text
 
 
 @pytest.mark.timeout(60)

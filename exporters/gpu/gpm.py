@@ -51,11 +51,14 @@ def ratio(percent: float) -> float | None:
 class GpmSampler:
     """Means of GPM metrics over the time since the sample before. One per GPU or MIG instance, one thread."""
 
-    def __init__(self, take: Callable[[Any], None], metrics: Sequence[int], name: str = "gpm") -> None:
-        """`take` reads the counters of a GPU or an instance into a sample buffer."""
+    def __init__(self, take: Callable[[Any], None], metrics: Sequence[int], prefix: str = "") -> None:
+        """`take` reads the counters of a GPU or an instance into a sample buffer.
+
+        `prefix` stands before the names of capabilities: instances can have what their parent has not.
+        """
         self._take = take
-        self._metrics = tuple(metrics)
-        self._name = name
+        self._capability = {metric: prefix + CAPABILITY[metric] for metric in metrics}
+        self._name = f"{prefix}gpm"
         self._samples: list[Any] = []
         self._sampled_at: float | None = None
         self._get = pynvml.c_nvmlGpmMetricsGet_t()
@@ -84,7 +87,7 @@ class GpmSampler:
 
     def _values(self, see: Observations) -> dict[int, float]:
         get = self._get
-        wanted = [metric for metric in self._metrics if see.wanted(CAPABILITY[metric])]
+        wanted = [metric for metric, name in self._capability.items() if see.wanted(name)]
         get.version = pynvml.NVML_GPM_METRICS_GET_VERSION
         get.numMetrics = len(wanted)
         get.sample1, get.sample2 = self._samples[1], self._samples[0]
@@ -96,12 +99,12 @@ class GpmSampler:
         for slot, metric in enumerate(wanted):
             answer = get.metrics[slot]
             if answer.nvmlReturn != pynvml.NVML_SUCCESS:
-                see.failed(CAPABILITY[metric], pynvml.NVMLError(answer.nvmlReturn))
+                see.failed(self._capability[metric], pynvml.NVMLError(answer.nvmlReturn))
             elif math.isfinite(answer.value):
                 values[metric] = answer.value
-                see.succeeded(CAPABILITY[metric])
+                see.succeeded(self._capability[metric])
             else:
-                see.refuse(CAPABILITY[metric], State.ERROR)
+                see.refuse(self._capability[metric], State.ERROR)
         return values
 
     def close(self) -> None:

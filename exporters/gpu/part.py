@@ -36,6 +36,9 @@ from gpuglass.store import Store
 LONGEST_RETRY = 300.0
 """Seconds between attempts to get back GPUs that are down: each one initialises the driver for all."""
 
+_LONGEST_WAIT = 2.0
+"""Seconds in which every thread that is not stuck notices that it has to end."""
+
 _GATHER = 0.02
 """Seconds that the publisher waits for the other workers of the same tick."""
 
@@ -185,11 +188,11 @@ class GpuPart(Part):
             self._tried.set()
             retries = self._watch(life, retries)
             life.close()
-            while not life.join(self._config.hang_timeout) and not self._closing.is_set():
+            while not life.join(max(self._config.hang_timeout, _LONGEST_WAIT)) and not self._closing.is_set():
                 # Shutting down under a thread that is inside the library could crash us: wait for it.
                 LOG.warning("a call into the driver does not return; waiting for it")
-            if self._closing.is_set() and not life.join(0):
-                return
+            if not life.join(LONGEST_RETRY):
+                return  # the process is ending, with a thread still inside the library
             self._life = None
             self._nvml.close()
 

@@ -612,6 +612,13 @@ def test_bcrypt_runs_once_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None
     assert checked[2].startswith(b"$2b$04$") and len(checked[2]) == len(HASH)
 
 
+def test_an_unknown_user_is_refused_whatever_the_password_is_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth_module.bcrypt, "checkpw", lambda password, hashed: True)
+    auth = BasicAuth({"alice": HASH}, threading.Semaphore(1))
+    assert auth.check(basic("bob", "any"), 5) is Verdict.REFUSED
+    assert auth.check(basic("alice", "any"), 5) is Verdict.ACCEPTED
+
+
 def test_guesses_do_not_push_out_who_was_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     auth = BasicAuth({"alice": HASH}, threading.Semaphore(1))
     assert auth.check(basic("alice", "right"), 5) is Verdict.ACCEPTED

@@ -153,7 +153,7 @@ class MigActivity:
         def take(buffer: Any) -> None:
             pynvml.nvmlGpmMigSampleGet(self._gpu.handle, instance.gpu_instance, buffer)
 
-        return gpm.GpmSampler(take, gpm.RATIOS, "mig_gpm")
+        return gpm.GpmSampler(take, gpm.RATIOS, "mig_")
 
     def close(self) -> None:
         """Free GPM's buffers."""
