@@ -70,8 +70,10 @@ class Agent:
         """Serve first, then let the parts work: a busy port is found before anything else happens."""
         try:
             self.server.start()
-        except (ListenError, WebConfigError) as error:
-            raise ConfigError(str(error)) from None
+        except ListenError as error:
+            raise ConfigError(f"server.{error}") from None
+        except WebConfigError as error:
+            raise ConfigError(f"server.web_config_file: {error}") from None
         for part in self.parts.values():
             part.start()
 

@@ -24,10 +24,14 @@ def collect(modules: tuple[ModuleType, ...]) -> dict[str, Family]:
     """Families of `modules` by name, in the order of their declaration; raises `CatalogError` for a name
     twice."""
     families: dict[str, Family] = {}
+    in_openmetrics: dict[str, Family] = {}
     for module in modules:
         for family in _declared(module):
             if families.setdefault(family.name, family) is not family:
                 raise CatalogError(f"{family.name} is declared twice")
+            other = in_openmetrics.setdefault(family.base_name, family)
+            if other is not family:
+                raise CatalogError(f"{family.name} and {other.name} are one name in OpenMetrics")
     return families
 
 

@@ -58,11 +58,14 @@ def parser(available: Mapping[str, Command]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
-    arguments = parser(commands()).parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
+        try:
+            arguments = parser(commands()).parse_args(argv)
+            code: int = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # here and not at exit, where a closed pipe could not be caught any more
     except UserError as error:
-        print(f"gpuglass: {error}", file=sys.stderr)
+        print(f"gpuglass: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

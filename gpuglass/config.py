@@ -11,6 +11,7 @@ import difflib
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -36,7 +37,7 @@ class Seconds(float):
             return cls(float(match[1]) * _DURATION_SECONDS[match[2]])
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return cls(value)
-        raise ValueError(f"expected a duration such as 500ms, 1s or 2m, got {value!r}")
+        raise ValueError(f"expected a duration such as 500ms, 1s or 2m, got {_shown(value)}")
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
@@ -147,7 +148,14 @@ NEEDS_RESTART = ("server.", "proc", "kubernetes.", "gpu.enabled", "gpu.nvml_libr
 """Keys, or beginnings of keys, that cannot change while the agent runs."""
 
 FOREIGN_VARIABLES = frozenset(
-    {"GPUGLASS_CONFIG", "GPUGLASS_CACHE", "GPUGLASS_SOCKET", "GPUGLASS_REQUIRE", "GPUGLASS_BUDGETS"}
+    {
+        "GPUGLASS_CONFIG",
+        "GPUGLASS_CACHE",
+        "GPUGLASS_SOCKET",
+        "GPUGLASS_REQUIRE",
+        "GPUGLASS_BUDGETS",
+        "GPUGLASS_TEST_SESSION",
+    }
 )
 _SERVICE_LINK = re.compile(
     r"GPUGLASS(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?)\Z"
@@ -219,15 +227,22 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is not a word", key_node.start_mark
+                None, None, f"key {_shown(key)} is not a word", key_node.start_mark
             )
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{_one_line(key)} is given twice", key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What PyYAML raises for bad text. Those that are not its own come from values that do not fit a tag (`!!bool
+x`) and from dates and numbers that do not exist (2026-99-99)."""
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -242,7 +257,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES // 1024} KiB")
     try:
         document = yaml.load(raw, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{path}: {_yaml_problem(error)}") from None
     if document is None:
         return {}
@@ -252,11 +267,25 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 
 
 def _yaml_problem(error: Exception) -> str:
+    if not isinstance(error, yaml.YAMLError):
+        return "not valid YAML" + (f": {_one_line(str(error))}" if isinstance(error, ValueError) else "")
     mark = getattr(error, "problem_mark", None)
-    problem = (
-        getattr(error, "problem", None) or str(error).splitlines()[0] if str(error) else "not valid YAML"
-    )
-    return f"line {mark.line + 1}: {problem}" if mark is not None else f"{problem}"
+    problem = _one_line(getattr(error, "problem", None) or str(error).partition("\n")[0])
+    return f"line {mark.line + 1}: {problem}" if mark is not None else problem
+
+
+def _one_line(text: str) -> str:
+    """Text from a file or variable, fit for a one-line message."""
+    return " ".join(text.split())[:200]
+
+
+def _shown(value: object) -> str:
+    """A value from a file or variable, fit for a one-line message: long and nested ones are shortened."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 80
 
 
 def _overlay(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
@@ -289,8 +318,8 @@ def _from_text(text: str, kind: Any) -> Any:
     if get_origin(kind) is tuple and get_args(kind)[0] is str:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.safe_load(text) if text.strip() else text
+    except _YAML_ERRORS:
         return text
 
 
@@ -308,14 +337,14 @@ def _explain(message: str, document: Any, source: str, origins: Mapping[str, str
     """Turn msgspec's message into one line: file or variable, key, what is wrong with it."""
     at = _AT.search(message)
     path = at[1] if at else ""
-    text = message[: at.start()] if at else message
+    text = _one_line(message[: at.start()] if at else message)
     if unknown := _UNKNOWN_FIELD.match(text):
         key = f"{path}.{unknown[1]}" if path else unknown[1]
         return ConfigError(f"{source}: {key}: no such key{_did_you_mean(key, dict.fromkeys(_all_keys()))}")
     if named := re.match(r"([a-z_]+): (.*)", text):  # a __post_init__ names the key in its section
         path, text = f"{path}.{named[1]}" if path else named[1], named[2]
     elif (kind := {key: kind for key, kind, _ in leaves()}.get(path)) is not None:
-        text = _expectation(kind, text) + f", is {_value_at(document, path)!r}"
+        text = _expectation(kind, text) + f", is {_shown(_value_at(document, path))}"
     text = text.replace("Expected `object`", "expected keys below it").replace("`", "")
     where = origins.get(path, f"{source}: {path}" if path else source)
     return ConfigError(f"{where}: {text[:1].lower()}{text[1:]}")
@@ -341,10 +370,13 @@ def _value_at(document: Any, path: str) -> Any:
 
 def _drop_empty_sections(document: dict[str, Any]) -> None:
     """A section whose keys are all commented out reads as null: it is an empty section."""
-    sections = {key.split(".")[0] for key in _all_keys() if "." in key}
-    for name in sections & document.keys():
-        if document[name] is None:
-            del document[name]
+    for section in sorted({key.rpartition(".")[0] for key, _, _ in leaves()} - {""}):
+        *above, name = section.split(".")
+        into: Any = document
+        for outer in above:
+            into = into.get(outer) if isinstance(into, dict) else None
+        if isinstance(into, dict) and name in into and into[name] is None:
+            del into[name]
 
 
 def _all_keys() -> list[str]:

@@ -6,6 +6,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gpuglass import config
 from gpuglass.command import Command
 
@@ -52,10 +54,13 @@ def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, config.Seconds):
-        return f"{value:g}s"
+        return f"{float(value)!r}".removesuffix(".0") + "s"
     if isinstance(value, tuple):
-        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
-    return f'"{value}"' if isinstance(value, str) else f"{value}"
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    if isinstance(value, str):
+        # Anything but plain ASCII is escaped, so that the text can be printed on any terminal.
+        return str(yaml.safe_dump(value, default_style='"', width=float("inf"))).strip()
+    return f"{value}"
 
 
 COMMAND = Command(

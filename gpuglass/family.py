@@ -7,7 +7,6 @@ Out come `prometheus_client` samples, which `gpuglass.store` renders.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +82,8 @@ class Family:
             raise CatalogError(f"{self.name}: counters, and only they, end in _total")
         if (self.kind is Kind.INFO) != self.name.endswith("_info"):
             raise CatalogError(f"{self.name}: info families, and only they, end in _info")
+        if self.name.endswith(("_count", "_sum", "_bucket", "_created")):
+            raise CatalogError(f"{self.name}: this ending belongs to the samples of histograms")
         if bad := [label for label in self.labels if not _LABEL.match(label) or label in ("le", "quantile")]:
             raise CatalogError(f"{self.name}: bad label name {bad[0]!r}")
         if len(set(self.labels)) != len(self.labels):
@@ -112,28 +113,42 @@ class Histogram:
     """Exemplars by bucket index."""
 
 
+_NO_SAMPLES: Mapping[tuple[str, ...], Sample] = {}
+
+
 @dataclass(slots=True)
 class Batch:
     """Samples of declared families, gathered by one part and handed to the store at once.
 
     `prefix` holds label values that stand before those given to `add`: a collector of one GPU need not repeat
-    them.
+    them. `previous` are the samples of the batch before: what did not change is taken from there, which is
+    most of the work saved.
     """
 
     samples: dict[Family, dict[tuple[str, ...], Sample]] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
+    previous: Mapping[Family, Mapping[tuple[str, ...], Sample]] = field(default_factory=dict)
 
     def scoped(self, *prefix: str) -> Batch:
         """Same batch, with further label values in front of those given to `add`."""
-        return Batch(self.samples, self.prefix + prefix)
+        return Batch(self.samples, self.prefix + prefix, self.previous)
 
     def add(self, family: Family, value: float, *labels: str, exemplar: Exemplar | None = None) -> None:
         """Add one sample. `labels` are the values in the family's order. NaN means unknown: nothing is added.
 
         Raises `CatalogError` for a wrong number of labels or a sample that is there already.
         """
-        if math.isnan(value):
+        if value != value:
             return
+        key = self.prefix + labels
+        old = self.previous.get(family, _NO_SAMPLES).get(key)
+        if old is not None and exemplar is None and old.exemplar is None:
+            into = self.samples.get(family)
+            if into is None:
+                into = self.samples[family] = {}
+            if key not in into:
+                into[key] = old if old.value == value else Sample(old.name, old.labels, value)
+                return
         if family.kind is Kind.HISTOGRAM:
             raise CatalogError(f"{family.name}: use add_histogram")
         key, names, into = self._place(family, labels)

@@ -45,12 +45,12 @@ def _run(arguments: Namespace) -> int:
         and arguments.tier in (None, family.tier.value)
         and arguments.owner in (None, family.owner.value)
     ]
+    if not families:
+        raise UserError("no family matches; `gpuglass metrics` lists them all")
     if arguments.write or arguments.check:
         return _update(
             arguments.write or arguments.check, markdown(families), check=arguments.check is not None
         )
-    if not families:
-        raise UserError(f"no family's name contains {arguments.name!r}")
     if arguments.json:
         print(json.dumps([as_dict(family) for family in families], indent=2))
     elif arguments.markdown:
@@ -103,7 +103,10 @@ def markdown(families: Iterable[Family]) -> str:
 
 
 def _update(path: Path, content: str, check: bool) -> int:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read it: {getattr(error, 'strerror', 'not UTF-8')}") from None
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
@@ -115,7 +118,10 @@ def _update(path: Path, content: str, check: bool) -> int:
                 f"{path}: the metrics table is out of date; run `gpuglass metrics --write {path}`"
             )
         return 0
-    path.write_text(fresh, encoding="utf-8")
+    try:
+        path.write_text(fresh, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it: {error.strerror}") from None
     return 0
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import UNDERSCORES
 from prometheus_client.samples import Sample
 
 from gpuglass.family import Batch, CatalogError, Family, Tier
@@ -65,6 +67,9 @@ def negotiate(accept: str) -> Format:
     version = next((p.strip()[8:] for p in content_type.split(";") if p.strip().startswith("version=")), "")
     if version not in _KNOWN_VERSIONS:
         return _TEXT
+    if content_type.endswith("escaping=values"):
+        # The scheme leaves names such as ours as they are; `prometheus_client` 0.26 rewrites them all the same.
+        encode = partial(encode, escaping=UNDERSCORES)
     return Format(content_type, encode)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pynvml
 
 from exporters.gpu.collectors.links import RX, TX
+from exporters.gpu.collectors.processes import running
 from exporters.gpu.device import Gpu, identify
 from exporters.gpu.driver import LIBRARY, DriverUnavailable, Nvml
 from exporters.gpu.observe import (
@@ -98,10 +99,10 @@ def diagnose(config: Config) -> list[Check]:
     if not config.gpu.enabled:
         return [Check("gpu.enabled", "GPU exporter", Status.INFO, "switched off by gpu.enabled: false")]
     here = surroundings(config, os.environ)
-    return judge(take_survey(config.gpu.nvml_library), here)
+    return judge(take_survey(config.gpu.nvml_library, SECONDS), here)
 
 
-def take_survey(library: str, seconds: float = SECONDS) -> Survey:
+def take_survey(library: str, seconds: float) -> Survey:
     """Ask the driver everything, for at most `seconds`."""
     survey = Survey()
     try:
@@ -218,7 +219,7 @@ def _ask_card(survey: Survey, card: Card, gpu: Gpu) -> None:
     survey.call = f"nvmlDeviceGetFieldValues of GPU {card.index}"
     read_fields(see, gpu.handle, (TX, RX))
     survey.call = f"nvmlDeviceGetComputeRunningProcesses of GPU {card.index}"
-    processes = see.read_list("processes", pynvml.nvmlDeviceGetComputeRunningProcesses, gpu.handle)
+    processes = see.read_list("processes", running, "compute", gpu.handle)
     card.processes = None if processes is None else len(processes)
 
 
@@ -340,7 +341,7 @@ _CARD_MENDS: Mapping[str, str] = {
     "no_permission": "let this user read and write /dev/nvidia{index} (ls -l /dev/nvidia*)",
 }
 _CARD_WORDS: Mapping[str, str] = {
-    "lost": "is lost: it fell off the bus",
+    "lost": "is lost: it fell off the bus or does not answer there",
     "reset_required": "needs a reset",
     "gone": "has gone",
     "no_permission": "may not be opened by this user",
@@ -395,6 +396,10 @@ def _on(found: Sequence[Card], cards: Sequence[Card]) -> str:
     return f"GPU{'s' if len(found) > 1 else ''} {', '.join(str(card.index) for card in found)}: "
 
 
+def _word(state: State | None) -> str:
+    return (state or State.ERROR).value.replace("_", " ")
+
+
 _NEWER_DRIVER = "install driver {version} or newer"
 _GPM = "SM activity, occupancy, tensor pipes and DRAM activity"
 
@@ -417,9 +422,8 @@ def _gpm(cards: Sequence[Card]) -> Check:
         )
     old = {"kepler", "maxwell", "pascal", "volta", "turing", "ampere", "ada"}
     if all(card.architecture in old for card in found):
-        return Check(
-            name, title, Status.INFO, f"{where}{_GPM} are missing: {architectures} is older than Hopper"
-        )
+        finding = f"{where}{_GPM} are missing: {architectures} has no GPM (Hopper or newer has)"
+        return Check(name, title, Status.INFO, finding)
     mend = _NEWER_DRIVER.format(version=525) if why is State.MISSING_FUNCTION else ""
     reason = "the driver is too old" if mend else "the driver does not give it (a virtual GPU?)"
     return Check(name, title, Status.WARN, f"{where}{_GPM} are missing: {reason}", mend)
@@ -437,7 +441,7 @@ def _xid(cards: Sequence[Card], wanted: bool) -> Check:
         if why is State.NO_PERMISSION
         else "dmesg | grep Xid shows them; alert on that log instead"
     )
-    return Check(name, title, Status.WARN, f"{_on(found, cards)}cannot be watched ({why})", mend)
+    return Check(name, title, Status.WARN, f"{_on(found, cards)}cannot be watched ({_word(why)})", mend)
 
 
 def _pcie(cards: Sequence[Card]) -> Check:
@@ -460,7 +464,7 @@ def _processes(cards: Sequence[Card]) -> Check:
         number = sum(card.processes or 0 for card in cards)
         return Check(name, title, Status.OK, f"listed; {number or 'none'} on a GPU now")
     mend = "run the agent as root" if why is State.NO_PERMISSION else _NEWER_DRIVER.format(version="450")
-    return Check(name, title, Status.WARN, f"{_on(found, cards)}not listed ({why})", mend)
+    return Check(name, title, Status.WARN, f"{_on(found, cards)}not listed ({_word(why)})", mend)
 
 
 def _mig(cards: Sequence[Card]) -> Check:

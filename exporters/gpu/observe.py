@@ -8,7 +8,7 @@ None, never an error.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -192,29 +192,20 @@ def field_value(value: Any) -> float | None:
     return getattr(value.value, _UNION_MEMBER[kind]) if 0 <= kind < len(_UNION_MEMBER) else None
 
 
-def read_fields(see: Observations, handle: Any, fields: Sequence[Field]) -> dict[Field, float]:
-    """Read many fields in one driver call; those without a value are missing from the answer."""
-    wanted = [field for field in fields if see.wanted(field.capability)]
+def read_fields(see: Observations, handle: Any, fields: Sequence[Field]) -> list[float | None]:
+    """Read many fields in one driver call; the answer has the order of `fields`, None where there is no
+    value."""
+    found: list[float | None] = [None] * len(fields)
+    wanted = [index for index, field in enumerate(fields) if see.wanted(field.capability)]
     if not wanted:
-        return {}
-    values = see.read(
-        "fields",
-        pynvml.nvmlDeviceGetFieldValues,
-        handle,
-        [(field.id, field.scope) for field in wanted],
-    )
-    found: dict[Field, float] = {}
-    for field, value in zip(wanted, values or (), strict=False):
-        if value.nvmlReturn == pynvml.NVML_SUCCESS:
-            number = field_value(value)
-            if number is not None:
-                found[field] = number
-                see.succeeded(field.capability)
+        return found
+    asked = [(fields[index].id, fields[index].scope) for index in wanted]
+    values = see.read("fields", pynvml.nvmlDeviceGetFieldValues, handle, asked)
+    for index, value in zip(wanted, values or (), strict=False):
+        status = value.nvmlReturn
+        if status == pynvml.NVML_SUCCESS:
+            found[index] = field_value(value)
+            see.succeeded(fields[index].capability)
         else:
-            see.failed(field.capability, pynvml.NVMLError(value.nvmlReturn))
+            see.failed(fields[index].capability, pynvml.NVMLError(status))
     return found
-
-
-def numbered(fields: Sequence[Field], found: dict[Field, float]) -> Iterator[tuple[Field, float]]:
-    """Fields that have a value, in the order asked."""
-    return ((field, found[field]) for field in fields if field in found)

@@ -121,7 +121,8 @@ class GpuPart(Part):
         self._changed = threading.Event()
         self._attention = threading.Event()
         self._tried = threading.Event()
-        self._slow_published = 0.0
+        self._fast = Batch()
+        self._slow = Batch()
         self._slow_key: tuple[object, ...] = ()
         self._supervisor = threading.Thread(target=self._supervise, name="gpu-driver", daemon=True)
         self._publisher = threading.Thread(target=self._publish_loop, name="gpu-publish", daemon=True)
@@ -303,8 +304,8 @@ class GpuPart(Part):
 
     def _publish(self, now: float) -> None:
         views = self._views(now)
-        fast = fast_batch(views)
-        self._store.publish("gpu.fast", fast)
+        self._fast = fast_batch(views, self._fast)
+        self._store.publish("gpu.fast", self._fast)
         allocations = self._workloads.allocations
         key = (
             allocations,
@@ -315,9 +316,9 @@ class GpuPart(Part):
         )
         if key != self._slow_key:
             self._slow_key = key
-            slow = slow_batch(views, self._xids, allocations)
-            self._driver_samples(slow, now)
-            self._store.publish("gpu.slow", slow)
+            self._slow = slow_batch(views, self._xids, allocations, self._slow)
+            self._driver_samples(self._slow, now)
+            self._store.publish("gpu.slow", self._slow)
 
     def _driver(self, now: float) -> str | None:
         busy_since = self._driver_busy_since

@@ -24,9 +24,9 @@ class GpuView:
     xid_state: State | None
 
 
-def fast_batch(views: Iterable[GpuView]) -> Batch:
+def fast_batch(views: Iterable[GpuView], previous: Batch) -> Batch:
     """Samples of the fast tier."""
-    batch = Batch()
+    batch = Batch(previous=previous.samples)
     for view in views:
         scope = batch.scoped(view.gpu.device, view.gpu.uuid)
         if view.down is not None:
@@ -38,10 +38,12 @@ def fast_batch(views: Iterable[GpuView]) -> Batch:
     return batch
 
 
-def slow_batch(views: Iterable[GpuView], xids: XidCounts, allocations: Iterable[Allocation] = ()) -> Batch:
+def slow_batch(
+    views: Iterable[GpuView], xids: XidCounts, allocations: Iterable[Allocation], previous: Batch
+) -> Batch:
     """Samples of the slow tier. Identity, XIDs and allocations outlive a GPU that is down; its data do
     not."""
-    batch = Batch()
+    batch = Batch(previous=previous.samples)
     views = tuple(views)
     for view in views:
         gpu = view.gpu

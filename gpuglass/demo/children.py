@@ -136,21 +136,21 @@ class TemporaryFolder:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
+            env={"PATH": "/usr/bin:/bin"},
             start_new_session=True,
         )
 
     def remove(self, keep: str = "") -> None:
         """Remove the folder, but not the files whose names end with `keep`."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif not (keep and path.name.endswith(keep)):
+                path.unlink(missing_ok=True)
+        if not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
         if self._remover.poll() is None:
             os.killpg(self._remover.pid, signal.SIGKILL)
         self._remover.wait()
         if self._remover.stdin is not None:
             self._remover.stdin.close()
-        if not keep:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif not path.name.endswith(keep):
-                path.unlink(missing_ok=True)

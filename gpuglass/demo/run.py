@@ -200,6 +200,11 @@ def play(demo: Demo, signals: Signals) -> None:
     finally:
         view.close()
     try:
-        print(summary_line(source.summary(), isinstance(source, readings.FromPrometheus)), flush=True)
+        print(
+            "",
+            summary_line(source.summary(), isinstance(source, readings.FromPrometheus)),
+            sep="\n",
+            flush=True,
+        )
     except readings.Unavailable as error:
         raise UserError(f"no answer at the end: {error}") from None

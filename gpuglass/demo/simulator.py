@@ -452,7 +452,7 @@ def _write_state(out: Scenario, gpu: int, model: Model, state: GpuState, before:
     if model.values["gpm_support"]:
         out.gpm(gpu, gpm_metrics(demand))
     for process in demand.processes:
-        out.process(gpu, process.pid, mem_mib=process.memory_mib, sm=process.sm, memutil=process.sm // 2)
+        out.process(gpu, process.pid, mem_mib=process.memory_mib, sm=process.sm)
     for pid in _ended(before, demand.processes):
         out.gone(gpu, pid)
 

@@ -146,8 +146,10 @@ class Live:
 
         self._text = Text
         self._stack = ExitStack()
+        console = Console(highlight=False)
+        console.print()
         self._live = self._stack.enter_context(
-            RichLive(console=Console(highlight=False), auto_refresh=False, redirect_stderr=False)
+            RichLive(console=console, auto_refresh=False, redirect_stderr=False)
         )
 
     def show(self, rows: Sequence[Row], elapsed: float) -> None:

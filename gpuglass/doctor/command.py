@@ -17,11 +17,12 @@ from pathlib import Path
 from gpuglass.command import Command
 from gpuglass.config import Config, load
 from gpuglass.doctor import bpf, engines, http, listen, processes, prometheus
-from gpuglass.doctor.bounded import bounded, leave
+from gpuglass.doctor.bounded import TookTooLong, bounded, leave
 from gpuglass.doctor.check import Check, Status, exit_code
 from gpuglass.doctor.render import as_json, look, screen
 from gpuglass.errors import ConfigError
 from gpuglass.procfs import ProcFs
+from gpuglass.server.address import Address
 
 ROOM_SECONDS = 20.0
 """How long a room's checks may take; they bound their own calls more tightly."""
@@ -90,7 +91,7 @@ def examine(config: Config, url: http.Url | None) -> list[Check]:
     checks += listen.checks(
         config.server,
         lambda at, path: http.get(at, path, seconds=2, limit=_ANSWER_LIMIT, verify=False),
-        listen.why_not_bindable,
+        _why_not_bindable,
     )
     if url is not None:
         agent = listen.own_url(listen.address_of(config.server))
@@ -100,6 +101,13 @@ def examine(config: Config, url: http.Url | None) -> list[Check]:
             str(agent).partition("://")[2],
         )
     return checks
+
+
+def _why_not_bindable(address: Address) -> str:
+    try:
+        return bounded("bind", 3, partial(listen.why_not_bindable, address))
+    except TookTooLong:
+        return "the name is not resolved within 3 s"
 
 
 def of_rooms(config: Config) -> list[Check]:

@@ -21,7 +21,17 @@ from gpuglass.demo import ports, readings, table
 from gpuglass.demo.children import Child, ChildFailed, TemporaryFolder, stop
 from gpuglass.demo.host import Host, cgroup, log_name
 from gpuglass.demo.readings import Row, Sample, TopProcess, rows
-from gpuglass.demo.simulator import STEP, Frame, Process, Program, Simulation, gpm_metrics, scenario
+from gpuglass.demo.simulator import (
+    MEBIBYTE,
+    STEP,
+    UNATTRIBUTED_MIB,
+    Frame,
+    Process,
+    Program,
+    Simulation,
+    gpm_metrics,
+    scenario,
+)
 from gpuglass.errors import ConfigError
 from gpuglass.procfs import ProcFs
 from gpuglass.workload import WorkloadResolver
@@ -121,7 +131,7 @@ def test_a_scenario_tells_events_and_ends_in_its_window_only() -> None:
     faulty = scenario(simulation.places, simulation.frames(9, 16), 0.0).text()
     assert "@12.0 gpu.7.event = xid 31" in faulty
     assert "@12.0 gpu.7.proc.51000 = gone" in faulty
-    assert "event" not in scenario(simulation.places, simulation.frames(15, 22), 0.0).text()
+    assert ".event" not in scenario(simulation.places, simulation.frames(15, 22), 0.0).text()
 
 
 def test_gpm_percentages_are_percentages(history: list[Frame]) -> None:
@@ -472,6 +482,28 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals) -> Non
     assert demo.process.returncode == 0, said
     assert "scrapes" in said
     assert demo.nothing_left()
+
+
+@pytest.mark.needs("cc")
+def test_the_agent_finds_the_processes_that_hold_the_memory(tmp_path: Path) -> None:
+    with running(tmp_path, "--seconds", "30") as demo:
+        said = demo.wait_for("after ")
+        url = re.search(r"http://\S+/metrics", said)
+        assert url
+        found = readings.parse(readings.fetch(url[0]).decode())
+        demo.process.send_signal(signal.SIGINT)
+        demo.rest()
+    unattributed = [
+        sample.value for sample in found if sample.name == "gpuglass_gpu_memory_unattributed_bytes"
+    ]
+    assert unattributed == [UNATTRIBUTED_MIB * MEBIBYTE] * 8
+    processes = [sample for sample in found if sample.name == "gpuglass_process_memory_used_bytes"]
+    assert sorted(sample.labels["device"] for sample in processes) == [
+        *(f"nvidia{n}" for n in range(8)),
+        "nvidia7",
+    ]
+    failed = [s.labels for s in found if s.name == "gpuglass_gpu_collector_success" and s.value != 1]
+    assert not failed
 
 
 @pytest.mark.needs("cc")

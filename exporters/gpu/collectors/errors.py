@@ -59,7 +59,7 @@ class Errors:
                     f"retired_pages_{name}", pynvml.nvmlDeviceGetRetiredPages, handle, cause
                 )
                 see.add(families.RETIRED_PAGES, None if pages is None else len(pages), name)
-        action = read_fields(see, handle, (RECOVERY_ACTION,)).get(RECOVERY_ACTION)
+        (action,) = read_fields(see, handle, (RECOVERY_ACTION,))
         if action is not None:
             see.add(families.RECOVERY_ACTION, 1, _ACTIONS.get(int(action), "unknown"))
 

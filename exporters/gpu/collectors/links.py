@@ -14,9 +14,17 @@ import pynvml
 
 from exporters.gpu.collectors.activity import Activity
 from exporters.gpu.device import Gpu
-from exporters.gpu.observe import DriverDown, Field, GpuDown, Observations, State, numbered, read_fields
+from exporters.gpu.observe import (
+    RETRY_UNSUPPORTED,
+    DriverDown,
+    Field,
+    GpuDown,
+    Observations,
+    State,
+    read_fields,
+)
 from gpuglass.families import gpu as families
-from gpuglass.family import Tier
+from gpuglass.family import Family, Tier
 
 TX = Field(pynvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES, "pcie_bytes")
 RX = Field(pynvml.NVML_FI_DEV_PCIE_COUNT_RX_BYTES, "pcie_bytes")
@@ -83,9 +91,9 @@ class Pcie:
     def collect(self, see: Observations, now: float) -> None:
         """Note bytes from the best source that there is, and the link."""
         handle = self._gpu.handle
-        counters = read_fields(see, handle, (TX, RX))
-        if TX in counters and RX in counters:
-            self._bytes(see, (counters[TX], counters[RX]), "counter")
+        sent, received = read_fields(see, handle, (TX, RX))
+        if sent is not None and received is not None:
+            self._bytes(see, (sent, received), "counter")
         elif see.states.get("gpm_pcie") is State.SUPPORTED:
             self._bytes(see, self._activity.pcie_bytes, "gpm")
         elif "gpm" in see.states:  # the fast collectors have tried
@@ -120,26 +128,31 @@ class Pcie:
 
 
 _KIB = 1024
-_LINK_FIELDS: Mapping[int, tuple[str, int]] = {
-    pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_BYTES: ("transmit", 1),
-    pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_BYTES: ("receive_bytes", 1),
-    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: ("transmit", _KIB),
-    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX: ("receive_bytes", _KIB),
-    pynvml.NVML_FI_DEV_NVLINK_COUNT_LINK_RECOVERY_EVENTS: ("recovery", 1),
-    pynvml.NVML_FI_DEV_NVLINK_COUNT_LINK_RECOVERY_FAILED_EVENTS: ("recovery_failed", 1),
-    pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_ERRORS: ("receive", 1),
-    pynvml.NVML_FI_DEV_NVLINK_COUNT_SYMBOL_ERRORS: ("symbol", 1),
-    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY: ("replay", 1),
-    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_RECOVERY: ("recovery", 1),
-    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_CRC: ("crc", 1),
+_LINK_FIELDS: Mapping[int, tuple[Family, str, int]] = {
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_BYTES: (families.NVLINK_TX, "", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_BYTES: (families.NVLINK_RX, "", 1),
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: (families.NVLINK_TX, "", _KIB),
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX: (families.NVLINK_RX, "", _KIB),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_LINK_RECOVERY_EVENTS: (families.NVLINK_ERRORS, "recovery", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_LINK_RECOVERY_FAILED_EVENTS: (
+        families.NVLINK_ERRORS,
+        "recovery_failed",
+        1,
+    ),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_ERRORS: (families.NVLINK_ERRORS, "receive", 1),
+    pynvml.NVML_FI_DEV_NVLINK_COUNT_SYMBOL_ERRORS: (families.NVLINK_ERRORS, "symbol", 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY: (families.NVLINK_ERRORS, "replay", 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_RECOVERY: (families.NVLINK_ERRORS, "recovery", 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_CRC: (families.NVLINK_ERRORS, "crc", 1),
 }
-"""What each per-link field counts and its unit in bytes. NVLink 5 fields first: they are exact bytes."""
+"""Family, type of error and scale to the unit of each per-link field. NVLink 5 first: it counts exact
+bytes."""
 
 
 def _capability(field: int) -> str:
-    kind = _LINK_FIELDS[field][0]
+    kind = "errors" if _LINK_FIELDS[field][0] is families.NVLINK_ERRORS else "bytes"
     generation = "nvlink5" if field >= pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_PACKETS else "nvlink"
-    return f"{generation}_{'bytes' if kind in ('transmit', 'receive_bytes') else 'errors'}"
+    return f"{generation}_{kind}"
 
 
 class NvLink:
@@ -150,45 +163,41 @@ class NvLink:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._links: tuple[int, ...] | None = None
+        self._links: tuple[int, ...] = ()
         self._fields: tuple[Field, ...] = ()
+        self._discover_at = 0.0
 
     def collect(self, see: Observations, now: float) -> None:
-        """Note the links that the card has; which they are is asked once."""
-        if self._links is None or (not self._links and see.wanted("nvlink")):
+        """Note the links that the card has; which links and counters it has is asked now and then."""
+        if now >= self._discover_at:
             self._discover(see)
-        if not self._links:
-            return
+            self._discover_at = now + RETRY_UNSUPPORTED
         for link in self._links:
             state = see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link)
             see.add(families.NVLINK_UP, None if state is None else int(bool(state)), str(link))
-        found = read_fields(see, self._gpu.handle, self._fields)
-        noted: set[tuple[str, ...]] = set()
-        for field, value in numbered(self._fields, found):
-            kind, scale = _LINK_FIELDS[field.id]
-            if (field_key := (kind, str(field.scope))) in noted:
-                continue  # NVLink 5 and older counters can both answer: the first listed stands
-            noted.add(field_key)
-            if kind == "transmit":
-                see.add(families.NVLINK_TX, value * scale, field_key[1])
-            elif kind == "receive_bytes":
-                see.add(families.NVLINK_RX, value * scale, field_key[1])
-            else:
-                see.add(families.NVLINK_ERRORS, value, field_key[1], kind)
+        for field, value in zip(self._fields, read_fields(see, self._gpu.handle, self._fields), strict=True):
+            if value is not None:
+                family, kind, scale = _LINK_FIELDS[field.id]
+                labels = (str(field.scope), kind) if kind else (str(field.scope),)
+                see.add(family, value * scale, *labels)
 
     def _discover(self, see: Observations) -> None:
         links = []
         for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
-            state = see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link)
-            if state is None:
+            if see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link) is None:
                 break  # links are numbered without gaps
             links.append(link)
         if links:
             see.succeeded("nvlink")  # asking for one link too many is how their number is found
         self._links = tuple(links)
-        self._fields = tuple(
-            Field(field, _capability(field), link) for link in links for field in _LINK_FIELDS
-        )
+        asked = [Field(field, _capability(field), link) for link in links for field in _LINK_FIELDS]
+        answered: dict[tuple[int, Family, str], Field] = {}
+        for field, value in zip(asked, read_fields(see, self._gpu.handle, asked), strict=True):
+            if value is not None:
+                family, kind, _ = _LINK_FIELDS[field.id]
+                # Counters of NVLink 5 and of older links can both answer: the first listed stands.
+                answered.setdefault((field.scope, family, kind), field)
+        self._fields = tuple(answered.values())
 
     def close(self) -> None:
         """Nothing is held."""

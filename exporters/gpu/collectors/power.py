@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pynvml
 
 from exporters.gpu.device import Gpu
-from exporters.gpu.observe import Field, Observations, numbered, read_fields
+from exporters.gpu.observe import Field, Observations, read_fields
 from gpuglass.families import gpu as families
 from gpuglass.family import Tier
 
@@ -87,17 +87,17 @@ class Thermals:
     def collect(self, see: Observations, now: float) -> None:
         """Note them all; the counters in one driver call."""
         handle = self._gpu.handle
-        found = read_fields(see, handle, self._fields)
-        for field, nanoseconds in numbered(tuple(THROTTLE_SECONDS), found):
-            see.add(families.THROTTLE, round(nanoseconds / 1e9, 3), THROTTLE_SECONDS[field])
-        millijoules = found.get(ENERGY)
+        millijoules, memory_temperature, *throttled = read_fields(see, handle, self._fields)
+        for reason, nanoseconds in zip(THROTTLE_SECONDS.values(), throttled, strict=True):
+            if nanoseconds is not None:
+                see.add(families.THROTTLE, round(nanoseconds / 1e9, 3), reason)
         if millijoules is None:
             millijoules = see.read("energy", pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         if millijoules is not None:
             see.add(families.ENERGY, round(millijoules / 1000, 1))
         limit = see.read("power_limit", pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
         see.add(families.POWER_LIMIT, None if limit is None else round(limit / 1000, 1))
-        self._temperatures(see, found.get(MEMORY_TEMPERATURE))
+        self._temperatures(see, memory_temperature)
         self._clocks(see)
         state = see.read("performance_state", pynvml.nvmlDeviceGetPerformanceState, handle)
         see.add(families.PERFORMANCE_STATE, state if state is not None and state <= 15 else None)
