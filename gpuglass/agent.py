@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -21,7 +20,7 @@ from gpuglass import catalog
 from gpuglass.command import Command
 from gpuglass.config import Config, check_reload, load
 from gpuglass.errors import ConfigError, UserError
-from gpuglass.family import Owner
+from gpuglass.family import Owner, Tier
 from gpuglass.logs import LOG, configure
 from gpuglass.part import Part, PartContext
 from gpuglass.self_metrics import ReloadState, SelfMetrics
@@ -51,6 +50,7 @@ class Agent:
                 self._capabilities,
                 bool(config.server.web_config_file),
             ).fill,
+            Tier.SLOW,
         )
 
     def _make_parts(self) -> dict[str, Part]:
@@ -124,23 +124,13 @@ def _server(agent: Agent, config: Config) -> MetricsServer:
 
 def run(agent: Agent) -> bool:
     """Run until SIGTERM or SIGINT; gives whether everything stopped cleanly."""
-    wake = threading.Event()
-    asked = {"stop": False, "reload": False}
-
-    def on_signal(number: int, _frame: object) -> None:
-        asked["reload" if number == signal.SIGHUP else "stop"] = True
-        wake.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    # Blocked in all threads and waited for here: a handler could run inside a lock that it needs.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     agent.start()
     LOG.info("serving http://%s/metrics", agent.server.address)
-    while not asked["stop"]:
-        wake.wait()
-        wake.clear()
-        if asked["reload"]:
-            asked["reload"] = False
-            agent.reload()
+    while signal.sigwait(signals) == signal.SIGHUP:
+        agent.reload()
     return agent.stop()
 
 

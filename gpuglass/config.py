@@ -23,7 +23,7 @@ from gpuglass.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)\Z")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)\Z")
 _DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -286,6 +286,7 @@ def _shown(value: object) -> str:
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
+_REPR.maxlevel = 2
 
 
 def _overlay(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
@@ -296,7 +297,7 @@ def _overlay(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
         if not name.startswith("GPUGLASS_") or name in FOREIGN_VARIABLES or _SERVICE_LINK.match(name):
             continue
         if name not in known:
-            raise ConfigError(f"{name}: no such setting{_did_you_mean(name, known)}")
+            raise ConfigError(f"{name}: no such setting{_did_you_mean(name, known, 0.8)}")
         key, kind = known[name]
         *sections, leaf = key.split(".")
         into = document
@@ -330,16 +331,17 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 _AT = re.compile(r" - at `\$\.?(.*)`\Z")
-_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`")
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
 
 def _explain(message: str, document: Any, source: str, origins: Mapping[str, str]) -> ConfigError:
     """Turn msgspec's message into one line: file or variable, key, what is wrong with it."""
     at = _AT.search(message)
     path = at[1] if at else ""
-    text = _one_line(message[: at.start()] if at else message)
+    text = message[: at.start()] if at else message
     if unknown := _UNKNOWN_FIELD.match(text):
-        key = f"{path}.{unknown[1]}" if path else unknown[1]
+        name = _one_line(unknown[1])
+        key = f"{path}.{name}" if path else name
         return ConfigError(f"{source}: {key}: no such key{_did_you_mean(key, dict.fromkeys(_all_keys()))}")
     if named := re.match(r"([a-z_]+): (.*)", text):  # a __post_init__ names the key in its section
         path, text = f"{path}.{named[1]}" if path else named[1], named[2]
@@ -384,6 +386,6 @@ def _all_keys() -> list[str]:
     return keys + sorted({key.rsplit(".", n)[0] for key in keys for n in range(1, key.count(".") + 1)})
 
 
-def _did_you_mean(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+def _did_you_mean(name: str, known: Mapping[str, object], likeness: float = 0.6) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, likeness)
     return f"; did you mean {close[0]}?" if close else "; `gpuglass config show` lists them"

@@ -7,6 +7,7 @@ Out come `prometheus_client` samples, which `gpuglass.store` renders.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,8 @@ class Family:
             set(self.buckets)
         ):
             raise CatalogError(f"{self.name}: histograms, and only they, have ascending buckets")
+        if not all(map(math.isfinite, self.buckets)):
+            raise CatalogError(f"{self.name}: bounds of buckets are finite, +Inf is added")
 
     @property
     def base_name(self) -> str:
@@ -138,6 +141,8 @@ class Batch:
 
         Raises `CatalogError` for a wrong number of labels or a sample that is there already.
         """
+        if family.kind is Kind.HISTOGRAM:
+            raise CatalogError(f"{family.name}: use add_histogram")
         if value != value:
             return
         key = self.prefix + labels
@@ -149,8 +154,6 @@ class Batch:
             if key not in into:
                 into[key] = old if old.value == value else Sample(old.name, old.labels, value)
                 return
-        if family.kind is Kind.HISTOGRAM:
-            raise CatalogError(f"{family.name}: use add_histogram")
         key, names, into = self._place(family, labels)
         into[key] = Sample(family.name, names, value, None, exemplar)
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.exposition import UNDERSCORES
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.samples import Sample
 
 from gpuglass.family import Batch, CatalogError, Family, Tier
@@ -67,9 +67,12 @@ def negotiate(accept: str) -> Format:
     version = next((p.strip()[8:] for p in content_type.split(";") if p.strip().startswith("version=")), "")
     if version not in _KNOWN_VERSIONS:
         return _TEXT
-    if content_type.endswith("escaping=values"):
-        # The scheme leaves names such as ours as they are; `prometheus_client` 0.26 rewrites them all the same.
-        encode = partial(encode, escaping=UNDERSCORES)
+    if not content_type.endswith("escaping=dots"):
+        # All our names are legacy names, which every other scheme leaves as they are. `prometheus_client`
+        # 0.26 rewrites them under "values" all the same, and looks at each character of them under
+        # "underscores".
+        unescaped: Callable[..., bytes] = encode
+        encode = partial(unescaped, escaping=ALLOWUTF8)
     return Format(content_type, encode)
 
 
@@ -103,7 +106,7 @@ class Store:
         self._lock = threading.Lock()
         self._sources: dict[str, dict[Family, _Rendered]] = {}
         self._owner_of: dict[Family, str] = {}
-        self._live: dict[str, Live] = {}
+        self._live: dict[str, tuple[Live, frozenset[Tier]]] = {}
 
     def publish(self, source: str, batch: Batch) -> None:
         """Replace everything that `source` published before. A family belongs to one source for good."""
@@ -112,15 +115,17 @@ class Store:
         for family, samples in batch.samples.items():
             if family not in self._declared:
                 raise CatalogError(f"{family.name} is not declared for this process")
-            owner = self._owner_of.setdefault(family, source)
-            if owner != source:
-                raise CatalogError(f"{family.name} is published by {owner}, not by {source}")
             if samples:
                 old = before.get(family)
                 now[family] = (
                     old if old is not None and old.samples == samples else _Rendered(family, samples)
                 )
         with self._lock:
+            for family in batch.samples:
+                owner = self._owner_of.get(family, source)
+                if owner != source:
+                    raise CatalogError(f"{family.name} is published by {owner}, not by {source}")
+            self._owner_of.update(dict.fromkeys(batch.samples, source))
             self._sources[source] = now
 
     def withdraw(self, source: str) -> None:
@@ -128,18 +133,18 @@ class Store:
         with self._lock:
             self._sources.pop(source, None)
 
-    def add_live(self, source: str, live: Live) -> None:
-        """Let `live` add samples at each scrape. It must only read memory and be quick."""
+    def add_live(self, source: str, live: Live, *tiers: Tier) -> None:
+        """Let `live` add samples of `tiers` at each scrape. It must only read memory and be quick."""
         with self._lock:
-            self._live[source] = live
+            self._live[source] = (live, frozenset(tiers))
 
     def exposition(self, tiers: frozenset[Tier], fmt: Format) -> bytes:
         """Render all families of `tiers`, sorted by name."""
         with self._lock:
             published = list(self._sources.values())
-            live = list(self._live.items())
+            live = [fill for fill, of_tiers in self._live.values() if of_tiers & tiers]
         rendered = [entry for source in published for entry in source.values() if entry.family.tier in tiers]
-        for _, fill in live:
+        for fill in live:
             batch = Batch()
             fill(batch)
             rendered += [

@@ -20,12 +20,12 @@ from exporters.gpu.device import Gpu, identify
 from exporters.gpu.driver import LIBRARY, DriverUnavailable, Nvml
 from exporters.gpu.observe import (
     DriverDown,
+    FieldReader,
     GpuDown,
     Observations,
     State,
     code_of,
     driver_reason,
-    read_fields,
 )
 from gpuglass.config import Config
 from gpuglass.doctor.bounded import TookTooLong, bounded
@@ -217,7 +217,7 @@ def _ask_card(survey: Survey, card: Card, gpu: Gpu) -> None:
     if isinstance(events, int) and not events & pynvml.nvmlEventTypeXidCriticalError:
         see.refuse("xid", State.UNSUPPORTED)
     survey.call = f"nvmlDeviceGetFieldValues of GPU {card.index}"
-    read_fields(see, gpu.handle, (TX, RX))
+    FieldReader((TX, RX)).read(see, gpu.handle)
     survey.call = f"nvmlDeviceGetComputeRunningProcesses of GPU {card.index}"
     processes = see.read_list("processes", running, "compute", gpu.handle)
     card.processes = None if processes is None else len(processes)

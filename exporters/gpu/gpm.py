@@ -12,6 +12,7 @@ from typing import Any
 
 import pynvml
 
+from exporters.gpu.bulk import GpmQuery
 from exporters.gpu.observe import Observations, State
 from gpuglass.family import Family
 
@@ -61,7 +62,7 @@ class GpmSampler:
         self._name = f"{prefix}gpm"
         self._samples: list[Any] = []
         self._sampled_at: float | None = None
-        self._get = pynvml.c_nvmlGpmMetricsGet_t()
+        self._query = GpmQuery()
 
     def sample(self, see: Observations, now: float) -> tuple[dict[int, float], float] | None:
         """Values by metric id and the window in seconds; None until there is a window."""
@@ -86,25 +87,19 @@ class GpmSampler:
         return None if before is None else (self._values(see), now - before)
 
     def _values(self, see: Observations) -> dict[int, float]:
-        get = self._get
-        wanted = [metric for metric, name in self._capability.items() if see.wanted(name)]
-        get.version = pynvml.NVML_GPM_METRICS_GET_VERSION
-        get.numMetrics = len(wanted)
-        get.sample1, get.sample2 = self._samples[1], self._samples[0]
-        for slot, metric in enumerate(wanted):
-            get.metrics[slot].metricId = metric
-        if see.read(self._name, pynvml.nvmlGpmMetricsGet, get) is None:
-            return {}
+        wanted = tuple(metric for metric, name in self._capability.items() if see.wanted(name))
+        newer, older = self._samples
+        answers = see.read(self._name, self._query.read, wanted, older, newer)
         values: dict[int, float] = {}
-        for slot, metric in enumerate(wanted):
-            answer = get.metrics[slot]
-            if answer.nvmlReturn != pynvml.NVML_SUCCESS:
-                see.failed(self._capability[metric], pynvml.NVMLError(answer.nvmlReturn))
-            elif math.isfinite(answer.value):
-                values[metric] = answer.value
-                see.succeeded(self._capability[metric])
+        for metric, (status, value) in zip(wanted, answers or (), strict=False):
+            name = self._capability[metric]
+            if status != pynvml.NVML_SUCCESS:
+                see.failed(name, pynvml.NVMLError(status))
+            elif math.isfinite(value):
+                values[metric] = value
+                see.succeeded(name)
             else:
-                see.refuse(self._capability[metric], State.ERROR)
+                see.refuse(name, State.ERROR)
         return values
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import pynvml
 
+from exporters.gpu.bulk import FieldQuery
 from gpuglass.family import Family
 
 T = TypeVar("T")
@@ -182,30 +183,28 @@ class Field:
     scope: int = 0
 
 
-_UNION_MEMBER = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
-"""Members of nvmlValue_t by nvmlValueType_t."""
+class FieldReader:
+    """Reads a list of fields in one driver call, without those that are not supported."""
 
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self.fields = tuple(fields)
+        self._wanted: list[int] = []
+        self._query = FieldQuery(())
 
-def field_value(value: Any) -> float | None:
-    """Number in an nvmlFieldValue_t; None for a type that this version does not know."""
-    kind = value.valueType
-    return getattr(value.value, _UNION_MEMBER[kind]) if 0 <= kind < len(_UNION_MEMBER) else None
-
-
-def read_fields(see: Observations, handle: Any, fields: Sequence[Field]) -> list[float | None]:
-    """Read many fields in one driver call; the answer has the order of `fields`, None where there is no
-    value."""
-    found: list[float | None] = [None] * len(fields)
-    wanted = [index for index, field in enumerate(fields) if see.wanted(field.capability)]
-    if not wanted:
+    def read(self, see: Observations, handle: Any) -> list[float | None]:
+        """Values in the order of the fields; None where there is none."""
+        found: list[float | None] = [None] * len(self.fields)
+        wanted = [index for index, field in enumerate(self.fields) if see.wanted(field.capability)]
+        if not wanted:
+            return found
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._query = FieldQuery([(self.fields[index].id, self.fields[index].scope) for index in wanted])
+        answers = see.read("fields", self._query.read, handle)
+        for index, (status, number) in zip(wanted, answers or (), strict=False):
+            if number is not None:
+                found[index] = number
+                see.succeeded(self.fields[index].capability)
+            elif status != pynvml.NVML_SUCCESS:
+                see.failed(self.fields[index].capability, pynvml.NVMLError(status))
         return found
-    asked = [(fields[index].id, fields[index].scope) for index in wanted]
-    values = see.read("fields", pynvml.nvmlDeviceGetFieldValues, handle, asked)
-    for index, value in zip(wanted, values or (), strict=False):
-        status = value.nvmlReturn
-        if status == pynvml.NVML_SUCCESS:
-            found[index] = field_value(value)
-            see.succeeded(fields[index].capability)
-        else:
-            see.failed(fields[index].capability, pynvml.NVMLError(status))
-    return found

@@ -23,12 +23,12 @@ from exporters.gpu.collectors.processes import Attribution, Processes, Resolve
 from exporters.gpu.device import Gpu
 from exporters.gpu.driver import DriverUnavailable, Nvml, missing
 from exporters.gpu.publish import GpuView, fast_batch, slow_batch
-from exporters.gpu.worker import Schedule, Worker
+from exporters.gpu.worker import Schedule, Turn, Worker
 from exporters.gpu.workloads import Workloads
 from exporters.gpu.xid import XidCounts, XidWatcher, watched
 from gpuglass.config import Config, GpuConfig
 from gpuglass.families import gpu as families
-from gpuglass.family import Batch
+from gpuglass.family import Batch, Tier
 from gpuglass.logs import LOG
 from gpuglass.part import Part, PartContext
 from gpuglass.store import Store
@@ -131,7 +131,7 @@ class GpuPart(Part):
 
     def start(self) -> None:
         """Start supervisor, publisher and the kubelet's poller."""
-        self._store.add_live("gpu.live", self._fill_live)
+        self._store.add_live("gpu.live", self._fill_live, Tier.FAST)
         self._workloads.start()
         self._supervisor.start()
         self._publisher.start()
@@ -210,12 +210,14 @@ class GpuPart(Part):
         self._loads += 1
         for gpu in gpus:
             self._known[gpu.uuid] = gpu
+        turn = Turn()
         workers = tuple(
             Worker(
                 gpu,
                 collectors_of(gpu, self._config, self._workloads.resolve),
                 self._schedule(),
                 self._worker_changed,
+                turn,
                 self._clock,
             )
             for gpu in gpus

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from exporters.gpu.collectors import Collector
@@ -48,6 +49,32 @@ class Schedule:
     retry_interval: float
 
 
+TURN_TIMEOUT = 0.2
+"""Seconds for which a GPU waits for its turn; then it samples beside a GPU that takes longer, or hangs."""
+
+
+class Turn:
+    """Lets the GPUs of a tick sample one after the other.
+
+    All at once they would hand the interpreter's lock around at every driver call, which costs several times
+    what the calls cost. A GPU that hangs keeps its turn, so nobody waits for one longer than `TURN_TIMEOUT`.
+    """
+
+    def __init__(self, timeout: float = TURN_TIMEOUT) -> None:
+        self._lock = threading.Lock()
+        self._timeout = timeout
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the turn, but not for long; give it back afterwards if it was had."""
+        had = self._lock.acquire(timeout=self._timeout)
+        try:
+            yield
+        finally:
+            if had:
+                self._lock.release()
+
+
 class Worker(threading.Thread):
     """Samples one GPU in one life of the driver."""
 
@@ -57,6 +84,7 @@ class Worker(threading.Thread):
         collectors: Sequence[Collector],
         schedule: Schedule,
         on_change: Callable[[], None],
+        turn: Turn,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name=f"gpu-{gpu.device}", daemon=True)
@@ -70,6 +98,7 @@ class Worker(threading.Thread):
         self.schedule = schedule
         self._collectors = collectors
         self._on_change = on_change
+        self._turn = turn
         self._clock = clock
         self._see = Observations(clock)
         self._runs: dict[str, Run] = {}
@@ -80,7 +109,9 @@ class Worker(threading.Thread):
         """Sample until closed or until the driver has gone."""
         try:
             while not self._closing.is_set():
-                self._sample()
+                with self._turn.taken():
+                    self._sample()
+                self._on_change()
                 if self.driver_down is not None:
                     return
                 self._closing.wait(self._pause(self._clock()))
@@ -124,7 +155,6 @@ class Worker(threading.Thread):
         finally:
             self._see.take()  # entries of a run that was broken off are no reading
             self.busy_since = None
-        self._on_change()
 
     def _go_down(self, reason: str) -> None:
         if self.down != reason:

@@ -373,6 +373,8 @@ class Running:
             "PATH": path,
             "GPUGLASS_CACHE": str(cache or folder / "cache"),
         }
+        if "--agent-port" not in options:
+            options += ("--agent-port", str(free_port()))
         library = nvml.build()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpuglass", "demo", "--nvml-library", str(library), *options],

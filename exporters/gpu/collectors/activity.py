@@ -9,6 +9,7 @@ from typing import Any
 import pynvml
 
 from exporters.gpu import gpm
+from exporters.gpu.bulk import SampleQuery
 from exporters.gpu.device import Gpu
 from exporters.gpu.observe import Observations
 from gpuglass.families import gpu as families
@@ -29,7 +30,7 @@ class SampleCursor:
     """New samples of one kind of one GPU since the last look. A cursor is never shared between GPUs."""
 
     def __init__(self, kind: int) -> None:
-        self._kind = kind
+        self._query = SampleQuery(kind)
         self._last_us = 0
 
     def read(self, see: Observations, handle: Any, first_window: float) -> list[int] | None:
@@ -37,15 +38,14 @@ class SampleCursor:
 
         None if the driver does not keep samples.
         """
-        answer = see.read_list("busy_samples", pynvml.nvmlDeviceGetSamples, handle, self._kind, self._last_us)
-        if answer is None:
+        samples = see.read_list("busy_samples", self._query.read, handle, self._last_us)
+        if samples is None:
             return None
-        samples = answer[1] if len(answer) == 2 else ()
         if not samples:
             return []
-        newest = max(sample.timeStamp for sample in samples)
+        newest = max(when for when, _ in samples)
         since = self._last_us or newest - int(first_window * 1e6)
-        values = [s.sampleValue.uiVal for s in samples if s.timeStamp > since and s.sampleValue.uiVal <= 100]
+        values = [value for when, value in samples if when > since and value <= 100]
         self._last_us = max(self._last_us, newest)
         return values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pynvml
 
 from exporters.gpu.device import Gpu
-from exporters.gpu.observe import Field, Observations, read_fields
+from exporters.gpu.observe import Field, FieldReader, Observations
 from gpuglass.families import gpu as families
 from gpuglass.family import Tier
 
@@ -33,6 +33,7 @@ class Errors:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
+        self._recovery = FieldReader((RECOVERY_ACTION,))
 
     def collect(self, see: Observations, now: float) -> None:
         """Note error counts, remapped rows or retired pages, and the recovery action."""
@@ -59,7 +60,7 @@ class Errors:
                     f"retired_pages_{name}", pynvml.nvmlDeviceGetRetiredPages, handle, cause
                 )
                 see.add(families.RETIRED_PAGES, None if pages is None else len(pages), name)
-        (action,) = read_fields(see, handle, (RECOVERY_ACTION,))
+        (action,) = self._recovery.read(see, handle)
         if action is not None:
             see.add(families.RECOVERY_ACTION, 1, _ACTIONS.get(int(action), "unknown"))
 

@@ -18,10 +18,10 @@ from exporters.gpu.observe import (
     RETRY_UNSUPPORTED,
     DriverDown,
     Field,
+    FieldReader,
     GpuDown,
     Observations,
     State,
-    read_fields,
 )
 from gpuglass.families import gpu as families
 from gpuglass.family import Family, Tier
@@ -86,12 +86,13 @@ class Pcie:
         self._gpu = gpu
         self._activity = activity
         self._interval = interval
+        self._counters = FieldReader((TX, RX))
         self._throughput: Throughput | None = None
 
     def collect(self, see: Observations, now: float) -> None:
         """Note bytes from the best source that there is, and the link."""
         handle = self._gpu.handle
-        sent, received = read_fields(see, handle, (TX, RX))
+        sent, received = self._counters.read(see, handle)
         if sent is not None and received is not None:
             self._bytes(see, (sent, received), "counter")
         elif see.states.get("gpm_pcie") is State.SUPPORTED:
@@ -129,6 +130,7 @@ class Pcie:
 
 _KIB = 1024
 _LINK_FIELDS: Mapping[int, tuple[Family, str, int]] = {
+    pynvml.NVML_FI_DEV_NVLINK_GET_STATE: (families.NVLINK_UP, "", 1),
     pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_BYTES: (families.NVLINK_TX, "", 1),
     pynvml.NVML_FI_DEV_NVLINK_COUNT_RCV_BYTES: (families.NVLINK_RX, "", 1),
     pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: (families.NVLINK_TX, "", _KIB),
@@ -150,6 +152,8 @@ bytes."""
 
 
 def _capability(field: int) -> str:
+    if field == pynvml.NVML_FI_DEV_NVLINK_GET_STATE:
+        return "nvlink_state"
     kind = "errors" if _LINK_FIELDS[field][0] is families.NVLINK_ERRORS else "bytes"
     generation = "nvlink5" if field >= pynvml.NVML_FI_DEV_NVLINK_COUNT_XMIT_PACKETS else "nvlink"
     return f"{generation}_{kind}"
@@ -164,7 +168,7 @@ class NvLink:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._links: tuple[int, ...] = ()
-        self._fields: tuple[Field, ...] = ()
+        self._reader = FieldReader(())
         self._discover_at = 0.0
 
     def collect(self, see: Observations, now: float) -> None:
@@ -172,14 +176,17 @@ class NvLink:
         if now >= self._discover_at:
             self._discover(see)
             self._discover_at = now + RETRY_UNSUPPORTED
-        for link in self._links:
-            state = see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link)
-            see.add(families.NVLINK_UP, None if state is None else int(bool(state)), str(link))
-        for field, value in zip(self._fields, read_fields(see, self._gpu.handle, self._fields), strict=True):
+        has_state = False
+        for field, value in zip(self._reader.fields, self._reader.read(see, self._gpu.handle), strict=True):
             if value is not None:
                 family, kind, scale = _LINK_FIELDS[field.id]
+                has_state = has_state or family is families.NVLINK_UP
                 labels = (str(field.scope), kind) if kind else (str(field.scope),)
                 see.add(family, value * scale, *labels)
+        if not has_state:  # drivers that give the state by a call per link only
+            for link in self._links:
+                state = see.read("nvlink", pynvml.nvmlDeviceGetNvLinkState, self._gpu.handle, link)
+                see.add(families.NVLINK_UP, None if state is None else int(bool(state)), str(link))
 
     def _discover(self, see: Observations) -> None:
         links = []
@@ -190,14 +197,16 @@ class NvLink:
         if links:
             see.succeeded("nvlink")  # asking for one link too many is how their number is found
         self._links = tuple(links)
-        asked = [Field(field, _capability(field), link) for link in links for field in _LINK_FIELDS]
+        asked = FieldReader(
+            [Field(field, _capability(field), link) for link in links for field in _LINK_FIELDS]
+        )
         answered: dict[tuple[int, Family, str], Field] = {}
-        for field, value in zip(asked, read_fields(see, self._gpu.handle, asked), strict=True):
+        for field, value in zip(asked.fields, asked.read(see, self._gpu.handle), strict=True):
             if value is not None:
                 family, kind, _ = _LINK_FIELDS[field.id]
                 # Counters of NVLink 5 and of older links can both answer: the first listed stands.
                 answered.setdefault((field.scope, family, kind), field)
-        self._fields = tuple(answered.values())
+        self._reader = FieldReader(tuple(answered.values()))
 
     def close(self) -> None:
         """Nothing is held."""

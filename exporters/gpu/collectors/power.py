@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pynvml
 
 from exporters.gpu.device import Gpu
-from exporters.gpu.observe import Field, Observations, read_fields
+from exporters.gpu.observe import Field, FieldReader, Observations
 from gpuglass.families import gpu as families
 from gpuglass.family import Tier
 
@@ -82,12 +82,12 @@ class Thermals:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._fields = (ENERGY, MEMORY_TEMPERATURE, *THROTTLE_SECONDS)
+        self._fields = FieldReader((ENERGY, MEMORY_TEMPERATURE, *THROTTLE_SECONDS))
 
     def collect(self, see: Observations, now: float) -> None:
         """Note them all; the counters in one driver call."""
         handle = self._gpu.handle
-        millijoules, memory_temperature, *throttled = read_fields(see, handle, self._fields)
+        millijoules, memory_temperature, *throttled = self._fields.read(see, handle)
         for reason, nanoseconds in zip(THROTTLE_SECONDS.values(), throttled, strict=True):
             if nanoseconds is not None:
                 see.add(families.THROTTLE, round(nanoseconds / 1e9, 3), reason)

@@ -420,8 +420,10 @@ static bool option_bytes(const Option *option, const char *name, uint64_t *value
         || number > 1e15)
         return false;
     bool mib = !strcmp(option->name + length, "_mib");
+    if (!mib && strcmp(option->name + length, "_bytes") != 0)
+        return false; /* another name that begins alike */
     *value = (uint64_t)(number * (mib ? MIB : 1));
-    return mib || !strcmp(option->name + length, "_bytes");
+    return true;
 }
 
 static bool process_option(const Option *option, Process *process)
