@@ -111,7 +111,7 @@ class GpuConfig(_Section, frozen=True):
     enabled: bool = True
     interval: Seconds = Seconds(1)
     """How often the fast tier is sampled, 0.1 to 60 s."""
-    slow_interval: Seconds = Seconds(5)
+    slow_interval: Seconds = Seconds(10)
     """How often the slow tier is sampled; at least `interval`."""
     hang_timeout: Seconds = Seconds(5)
     """A GPU whose driver call takes longer is shown as down, reason hung."""

@@ -1,4 +1,4 @@
-"""The GPU part of the agent: keeps the driver loaded, one worker per GPU running, and the store fed.
+"""The GPU part of the agent: keeps the driver loaded, a worker for each GPU at work, and the store fed.
 
 The supervisor thread loads the driver, starts a life of workers, and replaces it when the driver was lost,
 reloaded or lists other GPUs. The publisher thread puts together what the workers read. Neither is ever inside
@@ -20,10 +20,11 @@ from exporters.gpu.collectors.memory import MemoryRest, MemoryUsed
 from exporters.gpu.collectors.mig import MigActivity, MigInstances
 from exporters.gpu.collectors.power import Power, Thermals
 from exporters.gpu.collectors.processes import Attribution, Processes, Resolve
+from exporters.gpu.crew import Crew
 from exporters.gpu.device import Gpu
 from exporters.gpu.driver import DriverUnavailable, Nvml, missing
 from exporters.gpu.publish import GpuView, fast_batch, slow_batch
-from exporters.gpu.worker import Schedule, Turn, Worker
+from exporters.gpu.worker import Schedule, Worker
 from exporters.gpu.workloads import Workloads
 from exporters.gpu.xid import XidCounts, XidWatcher, watched
 from gpuglass.config import Config, GpuConfig
@@ -38,9 +39,6 @@ LONGEST_RETRY = 300.0
 
 _LONGEST_WAIT = 2.0
 """Seconds in which every thread that is not stuck notices that it has to end."""
-
-_GATHER = 0.02
-"""Seconds that the publisher waits for the other workers of the same tick."""
 
 
 def collectors_of(gpu: Gpu, config: GpuConfig, resolve: Resolve) -> tuple[Collector, ...]:
@@ -71,29 +69,37 @@ class Life:
 
     gpus: tuple[Gpu, ...]
     listed: int
-    workers: tuple[Worker, ...]
+    crew: Crew
     watcher: XidWatcher | None
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Workers of the GPUs, in the driver's order."""
+        return self.crew.workers
 
     def start(self) -> None:
         """Start all threads."""
-        for thread in (*self.workers, self.watcher):
-            if thread is not None:
-                thread.start()
+        self.crew.start()
+        if self.watcher is not None:
+            self.watcher.start()
 
     def close(self) -> None:
         """Ask all threads to end."""
-        for thread in (*self.workers, self.watcher):
-            if thread is not None:
-                thread.close()
+        self.crew.close()
+        if self.watcher is not None:
+            self.watcher.close()
 
     def join(self, timeout: float) -> bool:
-        """Wait for them; False if one is stuck in the driver."""
+        """Wait for them and give back what the driver lent; False if one is stuck in the driver."""
         until = time.monotonic() + timeout
-        threads = [thread for thread in (*self.workers, self.watcher) if thread is not None]
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, until - time.monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+        clean = self.crew.join(until)
+        if self.watcher is not None:
+            self.watcher.join(max(0.0, until - time.monotonic()))
+            clean = clean and not self.watcher.is_alive()
+        if clean:
+            for worker in self.workers:
+                worker.close()
+        return clean
 
     def driver_down(self) -> str | None:
         """Why the driver has to be initialised again, if a worker found out."""
@@ -144,7 +150,8 @@ class GpuPart(Part):
         if life is None:
             return
         for worker in life.workers:
-            worker.schedule = self._schedule()
+            worker.reschedule(self._schedule())
+        life.crew.reschedule()
         if old.process != config.gpu.process or old.interval != config.gpu.interval:
             for worker in life.workers:
                 worker.driver_down = worker.driver_down or "reload"
@@ -210,20 +217,15 @@ class GpuPart(Part):
         self._loads += 1
         for gpu in gpus:
             self._known[gpu.uuid] = gpu
-        turn = Turn()
         workers = tuple(
             Worker(
-                gpu,
-                collectors_of(gpu, self._config, self._workloads.resolve),
-                self._schedule(),
-                self._worker_changed,
-                turn,
-                self._clock,
+                gpu, collectors_of(gpu, self._config, self._workloads.resolve), self._schedule(), self._clock
             )
             for gpu in gpus
         )
+        crew = Crew(workers, self._worker_changed)
         watcher = XidWatcher(gpus, self._xids, self._worker_changed) if self._config.xid_events else None
-        return Life(gpus, listed, workers, watcher)
+        return Life(gpus, listed, crew, watcher)
 
     def _schedule(self) -> Schedule:
         config = self._config
@@ -280,8 +282,7 @@ class GpuPart(Part):
 
     def _publish_loop(self) -> None:
         while not self._closing.is_set():
-            self._changed.wait(self._config.interval)
-            self._closing.wait(_GATHER)
+            self._changed.wait(min(self._config.interval, 1.0))
             self._changed.clear()
             try:
                 self._publish(self._clock())
@@ -305,6 +306,9 @@ class GpuPart(Part):
         return views
 
     def _publish(self, now: float) -> None:
+        life = self._life
+        if life is not None:
+            life.crew.relieve(now)
         views = self._views(now)
         self._fast = fast_batch(views, self._fast)
         self._store.publish("gpu.fast", self._fast)

@@ -7,10 +7,10 @@ call that hangs in the driver stops this thread only; the publisher sees since w
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from exporters.gpu.collectors import Collector
@@ -49,81 +49,66 @@ class Schedule:
     retry_interval: float
 
 
-TURN_TIMEOUT = 0.2
-"""Seconds for which a GPU waits for its turn; then it samples beside a GPU that takes longer, or hangs."""
-
-
-class Turn:
-    """Lets the GPUs of a tick sample one after the other.
-
-    All at once they would hand the interpreter's lock around at every driver call, which costs several times
-    what the calls cost. A GPU that hangs keeps its turn, so nobody waits for one longer than `TURN_TIMEOUT`.
-    """
-
-    def __init__(self, timeout: float = TURN_TIMEOUT) -> None:
-        self._lock = threading.Lock()
-        self._timeout = timeout
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Wait for the turn, but not for long; give it back afterwards if it was had."""
-        had = self._lock.acquire(timeout=self._timeout)
-        try:
-            yield
-        finally:
-            if had:
-                self._lock.release()
-
-
-class Worker(threading.Thread):
-    """Samples one GPU in one life of the driver."""
+class Worker:
+    """Samples one GPU in one life of the driver, in whichever thread has it."""
 
     def __init__(
         self,
         gpu: Gpu,
         collectors: Sequence[Collector],
         schedule: Schedule,
-        on_change: Callable[[], None],
-        turn: Turn,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(name=f"gpu-{gpu.device}", daemon=True)
         self.gpu = gpu
         self.reading: Reading | None = None
         self.busy_since: float | None = None
         self.down: str | None = None
         """Why the GPU does not answer; None while it does."""
         self.driver_down: str | None = None
-        """Why the driver has to be initialised again; the thread has ended then."""
+        """Why the driver has to be initialised again; nothing is sampled any more then."""
         self.schedule = schedule
         self._collectors = collectors
-        self._on_change = on_change
-        self._turn = turn
         self._clock = clock
         self._see = Observations(clock)
         self._runs: dict[str, Run] = {}
-        self._closing = threading.Event()
+        self._due_at = 0.0
+        self._lock = threading.Lock()
         self._complained: set[str] = set()
 
-    def run(self) -> None:
-        """Sample until closed or until the driver has gone."""
-        try:
-            while not self._closing.is_set():
-                with self._turn.taken():
-                    self._sample()
-                self._on_change()
-                if self.driver_down is not None:
-                    return
-                self._closing.wait(self._pause(self._clock()))
-        finally:
-            for collector in self._collectors:
-                collector.close()
+    def due_at(self) -> float:
+        """When the next sample is due."""
+        return self._due_at
 
-    def _pause(self, now: float) -> float:
+    def sample(self) -> bool:
+        """Take a sample if one is due and no other thread is at it; True if so."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self.driver_down is not None or self._clock() < self._due_at:
+                return False
+            self._sample()
+            self._due_at = self._next(self._clock())
+            return True
+        finally:
+            self._lock.release()
+
+    def _next(self, now: float) -> float:
+        if self.driver_down is not None:
+            return math.inf
         if self.down is not None:
-            return self.schedule.retry_interval
+            return now + self.schedule.retry_interval
         interval = self.schedule.interval
-        return interval - now % interval
+        return now - now % interval + interval
+
+    def reschedule(self, schedule: Schedule) -> None:
+        """Take other intervals from now on."""
+        self.schedule = schedule
+        self._due_at = min(self._due_at, self._next(self._clock()))
+
+    def close(self) -> None:
+        """Give back what the driver lent. No thread samples any more."""
+        for collector in self._collectors:
+            collector.close()
 
     def _sample(self) -> None:
         now = self.busy_since = self._clock()
@@ -185,10 +170,6 @@ class Worker(threading.Thread):
                 entries += noted
             self._runs[collector.name] = Run(self._clock() - started, success and self._see.errors == errors)
         return tuple(entries)
-
-    def close(self) -> None:
-        """Let the thread end after its present sample."""
-        self._closing.set()
 
     def state(self, now: float, hang_timeout: float) -> str | None:
         """Why the GPU is down; None if it answers. A thread that is busy too long is hung."""

@@ -38,7 +38,7 @@ from gpuglass.server.stats import Counters, Reason, ServerStats
 
 DEFAULT_LISTEN = "127.0.0.1:9835"
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 """How exactly deadlines are kept, and how long `stop` may wait for the accept loop."""
 
 log = logging.getLogger("gpuglass.server")

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import start_http_server
 

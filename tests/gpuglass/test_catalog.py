@@ -1,4 +1,4 @@
-"""What holds for every declared family: sentences, label names, tiers, both formats, Prometheus' own linter."""
+"""What holds for every declared family: sentences, label names, tiers, both formats, Prometheus' linter."""
 
 from __future__ import annotations
 

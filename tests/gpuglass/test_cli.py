@@ -17,7 +17,9 @@ from gpuglass.command import Command
 from gpuglass.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
-DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["gpuglass.commands"]
+DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+    "gpuglass.commands"
+]
 
 
 def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@
 #include <string.h>
 
 enum { MAX_SETS = 64, QUEUE = 256, REMEMBERED = 4096 };
-static const double POLL = 0.1; /* a real driver waits without polling: keep the cost of waiting small */
+static const double POLL = 0.25; /* a real driver waits without polling: keep the cost of waiting small */
 
 typedef struct {
     unsigned gpu, gi, ci;
