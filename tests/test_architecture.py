@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,17 @@ def modules(root: Path) -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A module's syntax tree, read once."""
+    return ast.parse(path.read_text())
+
+
 def imported(name: str, path: Path) -> set[str]:
     """Absolute names of what a module imports, wherever in it."""
     found: set[str] = set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -114,7 +121,7 @@ def forbidden_imports(root: Path) -> list[str]:
 
 def without_docstring(root: Path) -> list[str]:
     """Modules that do not say what they are for."""
-    return [name for name, path in modules(root) if not ast.get_docstring(ast.parse(path.read_text()))]
+    return [name for name, path in modules(root) if not ast.get_docstring(parsed(path))]
 
 
 _NAME = re.compile(r"gpuglass_[a-z0-9_]*[a-z0-9]")
@@ -124,7 +131,7 @@ def metric_names(root: Path) -> list[tuple[str, str]]:
     """(path, name) of each metric in a string outside of the declarations; docstrings do not count."""
     found = []
     for _, path in modules(root):
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         docstrings = {
             id(node.value)
             for node in ast.walk(tree)

@@ -340,9 +340,11 @@ def test_no_escaping_scheme_that_keeps_plain_names_changes_ours(store: Store, ki
 
 
 _WORDS = st.sampled_from(
-    "application/openmetrics-text text/plain */* ; , = version 1.0.0 0.0.4 2.0.0 1 1.0 10.0.0 escaping "
-    "allow-utf-8 dots values underscores q=0.5".split()
-    + [" ", "\t"]
+    [
+        *("application/openmetrics-text", "text/plain", "*/*", ";", ",", "=", " ", "\t", "q=0.5"),
+        *("version", "1.0.0", "0.0.4", "2.0.0", "1", "1.0", "10.0.0"),
+        *("escaping", "allow-utf-8", "dots", "values", "underscores"),
+    ]
 )
 _KNOWN = {
     CONTENT_TYPE_TEXT,
