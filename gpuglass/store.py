@@ -135,6 +135,8 @@ class Store:
 
     def add_live(self, source: str, live: Live, *tiers: Tier) -> None:
         """Let `live` add samples of `tiers` at each scrape. It must only read memory and be quick."""
+        if not tiers:
+            raise CatalogError(f"{source}: live samples of no tier would never be scraped")
         with self._lock:
             self._live[source] = (live, frozenset(tiers))
 

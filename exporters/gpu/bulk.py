@@ -50,11 +50,12 @@ class FieldQuery:
             self._buffer[slot].scopeId = scope
         self._view = memoryview(self._buffer).cast("B")
 
-    def read(self, handle: Any) -> list[tuple[int, float | None]]:
-        """Status and number of each field; the number is None where the status is no success."""
+    def read(self, handle: Any) -> list[tuple[int, float | None, int]]:
+        """Status, number and nvmlValueType_t of each field; the number is None where the status is no
+        success."""
         check(function("nvmlDeviceGetFieldValues")(handle, self._count, self._buffer))
         return [
-            (status, _number(kind, value) if status == pynvml.NVML_SUCCESS else None)
+            (status, _number(kind, value) if status == pynvml.NVML_SUCCESS else None, kind)
             for _, _, _, _, kind, status, value in _FIELD_VALUE.iter_unpack(self._view)
         ]
 

@@ -188,6 +188,8 @@ class FieldReader:
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self.fields = tuple(fields)
+        self.kinds = [-1] * len(self.fields)
+        """nvmlValueType_t of each value as last read; -1 for what was never read."""
         self._wanted: list[int] = []
         self._query = FieldQuery(())
 
@@ -201,9 +203,9 @@ class FieldReader:
             self._wanted = wanted
             self._query = FieldQuery([(self.fields[index].id, self.fields[index].scope) for index in wanted])
         answers = see.read("fields", self._query.read, handle)
-        for index, (status, number) in zip(wanted, answers or (), strict=False):
+        for index, (status, number, kind) in zip(wanted, answers or (), strict=False):
             if number is not None:
-                found[index] = number
+                found[index], self.kinds[index] = number, kind
                 see.succeeded(self.fields[index].capability)
             elif status != pynvml.NVML_SUCCESS:
                 see.failed(self.fields[index].capability, pynvml.NVMLError(status))

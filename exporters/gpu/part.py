@@ -129,6 +129,7 @@ class GpuPart(Part):
         self._tried = threading.Event()
         self._fast = Batch()
         self._slow = Batch()
+        self._complete = False
         self._slow_key: tuple[object, ...] = ()
         self._supervisor = threading.Thread(target=self._supervise, name="gpu-driver", daemon=True)
         self._publisher = threading.Thread(target=self._publish_loop, name="gpu-publish", daemon=True)
@@ -172,10 +173,7 @@ class GpuPart(Part):
         """Why there is no data yet. A node without a driver is ready: it says so in its metrics."""
         if not self._tried.is_set():
             return "gpu: the driver has not answered yet"
-        life = self._life
-        if life is not None and any(w.reading is None and w.down is None for w in life.workers):
-            return "gpu: not all GPUs were read yet"
-        return None
+        return None if self._complete else "gpu: not all GPUs were read and published yet"
 
     # Supervisor
 
@@ -309,6 +307,9 @@ class GpuPart(Part):
         life = self._life
         if life is not None:
             life.crew.relieve(now)
+        complete = self._tried.is_set() and all(
+            worker.reading is not None or worker.down is not None for worker in (life.workers if life else ())
+        )
         views = self._views(now)
         self._fast = fast_batch(views, self._fast)
         self._store.publish("gpu.fast", self._fast)
@@ -325,6 +326,7 @@ class GpuPart(Part):
             self._slow = slow_batch(views, self._xids, allocations, self._slow)
             self._driver_samples(self._slow, now)
             self._store.publish("gpu.slow", self._slow)
+        self._complete = complete
 
     def _driver(self, now: float) -> str | None:
         busy_since = self._driver_busy_since

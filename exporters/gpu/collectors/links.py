@@ -30,6 +30,10 @@ TX = Field(pynvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES, "pcie_bytes")
 RX = Field(pynvml.NVML_FI_DEV_PCIE_COUNT_RX_BYTES, "pcie_bytes")
 
 
+_WIDE = frozenset({pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG, pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG})
+"""Value types of counters that do not wrap within the life of a machine."""
+
+
 class Throughput(threading.Thread):
     """Adds up the driver's 20 ms measurements of PCIe traffic: an estimate for cards that count no bytes."""
 
@@ -93,12 +97,12 @@ class Pcie:
         """Note bytes from the best source that there is, and the link."""
         handle = self._gpu.handle
         sent, received = self._counters.read(see, handle)
-        if sent is not None and received is not None:
+        if sent is not None and received is not None and _WIDE.issuperset(self._counters.kinds):
             self._bytes(see, (sent, received), "counter")
         elif see.states.get("gpm_pcie") is State.SUPPORTED:
             self._bytes(see, self._activity.pcie_bytes, "gpm")
-        elif "gpm" in see.states:  # the fast collectors have tried
-            self._measured(see)
+        elif see.states.get("gpm") is not State.SUPPORTED or "gpm_pcie" in see.states:
+            self._measured(see)  # else GPM has had no window yet: the next run knows
         see.add(
             families.PCIE_REPLAYS, see.read("pcie_replays", pynvml.nvmlDeviceGetPcieReplayCounter, handle)
         )

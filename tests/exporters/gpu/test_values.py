@@ -131,6 +131,16 @@ def test_without_counters_pcie_bytes_are_added_up_from_gpm(tmp_path: Path) -> No
         assert node.value("gpuglass_gpu_pcie_receive_bytes_total") == pytest.approx(2 * sent, rel=0.01)
 
 
+def test_counters_of_32_bits_are_not_believed(tmp_path: Path) -> None:
+    scenario = one_gpu().gpm(0, {1: 5, 2: 5, 20: 100.0, 21: 200.0})
+    scenario.field(0, 197, 123456, type="uint").field(0, 198, 123456, type="uint")
+    with running_node(tmp_path, scenario) as node:
+        node.wait(
+            lambda: node.value("gpuglass_gpu_pcie_receive_bytes_total", source="gpm"), what="bytes from GPM"
+        )
+        assert node.samples("gpuglass_gpu_pcie_receive_bytes_total", source="counter") == []
+
+
 def test_as_a_last_resort_pcie_traffic_is_measured_in_a_thread_of_its_own(tmp_path: Path) -> None:
     scenario = one_gpu(RTX_4090).gpu(0, pcie_tx_rate=1_000_000_000, pcie_rx_rate=500_000_000)
     scenario.field(0, 197, None, error="not_supported").field(0, 198, None, error="not_supported")
