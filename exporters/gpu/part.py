@@ -173,7 +173,7 @@ class GpuPart(Part):
         """Why there is no data yet. A node without a driver is ready: it says so in its metrics."""
         if not self._tried.is_set():
             return "gpu: the driver has not answered yet"
-        return None if self._complete else "gpu: not all GPUs were read and published yet"
+        return None if self._complete else "gpu: not all GPUs were read yet"
 
     # Supervisor
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.gpu_exporter import cpu_seconds, cpu_share, resident_mb, wait_ready
 from tests.support.ports import free_port
 
-PROGRAM = (
-    """
+# "gpu" is bound by the card's memory, as decoding is; "launch" by the CPU thread that launches kernels.
+PROGRAM = """
 import sys, time, torch
 kind = sys.argv[1]
 a = torch.randn(2**29, dtype=torch.bfloat16, device="cuda")
@@ -45,9 +45,6 @@ for line in sys.stdin:
         done += 1
     print(done / (time.perf_counter() - started), flush=True)
 """
-    """`gpu`: bound by the card's memory, as decoding is. `launch`: bound by the CPU thread that launches
-kernels."""
-)
 
 TARGETS = {"gpu_slowdown_percent": "<= 0.1", "agent_cpu_percent_of_core": "<= 1", "resident_mb": "<= 60"}
 
@@ -102,6 +99,23 @@ def slowdown(kind: str, agent: subprocess.Popen[bytes], pairs: int, seconds: flo
     }
 
 
+def measure(agent: subprocess.Popen[bytes], port: int, quick: bool) -> dict[str, float]:
+    """All figures of a running agent."""
+    time.sleep(2)
+    before, started = cpu_seconds(agent.pid), time.monotonic()
+    time.sleep(10)
+    idle = (cpu_seconds(agent.pid) - before) / (time.monotonic() - started)
+    share = cpu_share(agent.pid, port, 10.0 if quick else 45.0)
+    figures: dict[str, float] = {
+        "agent_cpu_percent_of_core": round(100 * share, 3),
+        "agent_cpu_percent_unscraped": round(100 * idle, 3),
+        "resident_mb": round(resident_mb(agent.pid), 1),
+    }
+    for kind in ("gpu", "launch"):
+        figures |= slowdown(kind, agent, *((8, 1.0) if quick else (20, 1.5)))
+    return figures
+
+
 def main() -> int:
     """Measure and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -111,23 +125,14 @@ def main() -> int:
         nothing = {"skipped": "no NVIDIA GPU", "figures": {}, "targets": {}, "missed": []}
         print(json.dumps({"benchmark": "gpu_host", **nothing}))
         return 0
-    pairs, seconds = (8, 1.0) if arguments.quick else (30, 1.5)
     port = free_port()
     agent = start_agent(port)
-    time.sleep(2)
-    before, started = cpu_seconds(agent.pid), time.monotonic()
-    time.sleep(10)
-    idle = (cpu_seconds(agent.pid) - before) / (time.monotonic() - started)
-    share = cpu_share(agent.pid, port, 10.0 if arguments.quick else 45.0)
-    figures: dict[str, float] = {
-        "agent_cpu_percent_of_core": round(100 * share, 3),
-        "agent_cpu_percent_unscraped": round(100 * idle, 3),
-        "resident_mb": round(resident_mb(agent.pid), 1),
-    }
-    for kind in ("gpu", "launch"):
-        figures |= slowdown(kind, agent, pairs, seconds)
-    agent.send_signal(signal.SIGTERM)
-    agent.wait(20)
+    try:
+        figures = measure(agent, port, arguments.quick)
+    finally:
+        agent.send_signal(signal.SIGCONT)
+        agent.terminate()
+        agent.wait(20)
     missed = [
         name for name, target in TARGETS.items() if not figures[name] <= float(target.removeprefix("<= "))
     ]
