@@ -13,6 +13,7 @@ QUICK ?=
 # The commands that keep committed generated files up to date, one a line; $(1) is --write, or --check, which writes
 # nothing and fails if a file differs.
 define GENERATORS
+	@$(BIN)/gpuglass metrics $(1) README.md
 endef
 
 help:  ## this list

@@ -81,6 +81,11 @@ def code_of(error: Exception) -> int:
     return value if isinstance(value, int) else int(pynvml.NVML_ERROR_UNKNOWN)
 
 
+def state_of(error: Exception) -> State:
+    """What an error of a field says about it."""
+    return _LASTING.get(code_of(error), State.ERROR)
+
+
 def driver_reason(error: Exception) -> str:
     """A word for why the driver cannot be used."""
     return _DRIVER_DOWN.get(code_of(error), "error")
@@ -145,14 +150,15 @@ class Observations:
 
     def wanted(self, field: str) -> bool:
         """False while a field is known not to be supported."""
-        retry_at = self._retry_at.get(field)
+        retry_at = self._retry_at.get(field) if self._retry_at else None
         return retry_at is None or self._clock() >= retry_at
 
     def succeeded(self, field: str) -> None:
         """Note that a field was read."""
         self.reads += 1
-        self.states[field] = State.SUPPORTED
-        self._retry_at.pop(field, None)
+        if self.states.get(field) is not State.SUPPORTED:
+            self.states[field] = State.SUPPORTED
+            self._retry_at.pop(field, None)
 
     def failed(self, field: str, error: Exception) -> None:
         """Sort an error; raises `GpuDown` or `DriverDown` for those that concern more than the field."""
@@ -161,7 +167,7 @@ class Observations:
             raise GpuDown(_DOWN[code])
         if code in _DRIVER_DOWN:
             raise DriverDown(_DRIVER_DOWN[code])
-        self.refuse(field, _LASTING.get(code, State.ERROR))
+        self.refuse(field, state_of(error))
 
     def refuse(self, field: str, state: State) -> None:
         """Note that a field has no value: for a while if it is not supported, this time only after an

@@ -153,7 +153,7 @@ class GpuPart(Part):
         for worker in life.workers:
             worker.reschedule(self._schedule())
         life.crew.reschedule()
-        if old.process != config.gpu.process or old.interval != config.gpu.interval:
+        if old.process != config.gpu.process:
             for worker in life.workers:
                 worker.driver_down = worker.driver_down or "reload"
             self._attention.set()
@@ -194,9 +194,11 @@ class GpuPart(Part):
             self._tried.set()
             retries = self._watch(life, retries)
             life.close()
-            while not life.join(max(self._config.hang_timeout, _LONGEST_WAIT)) and not self._closing.is_set():
-                # Shutting down under a thread that is inside the library could crash us: wait for it.
-                LOG.warning("a call into the driver does not return; waiting for it")
+            if not life.join(max(self._config.hang_timeout, _LONGEST_WAIT)):
+                LOG.warning("a call into the driver does not return; waiting for it before loading it again")
+                # Shutting down under a thread that is inside the library could crash us.
+                while not life.join(_LONGEST_WAIT) and not self._closing.is_set():
+                    pass
             if not life.join(LONGEST_RETRY):
                 return  # the process is ending, with a thread still inside the library
             self._life = None
@@ -280,7 +282,7 @@ class GpuPart(Part):
 
     def _publish_loop(self) -> None:
         while not self._closing.is_set():
-            self._changed.wait(min(self._config.interval, 1.0))
+            self._changed.wait(min(1.5 * self._config.interval, 1.5))
             self._changed.clear()
             try:
                 self._publish(self._clock())

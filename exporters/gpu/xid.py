@@ -15,7 +15,7 @@ from typing import Any
 import pynvml
 
 from exporters.gpu.device import Gpu
-from exporters.gpu.observe import State, code_of
+from exporters.gpu.observe import State, state_of
 from exporters.gpu.xid_codes import CLASS, classify
 from gpuglass.families import gpu as families
 from gpuglass.family import Batch
@@ -125,7 +125,7 @@ class XidWatcher(threading.Thread):
                 self.states[gpu.uuid] = State.SUPPORTED
                 self._counts.expect(gpu.uuid)
             except pynvml.NVMLError as error:
-                self.states[gpu.uuid] = _state(error)
+                self.states[gpu.uuid] = state_of(error)
         return State.SUPPORTED in self.states.values()
 
     def _take(self, event: Any) -> None:
@@ -156,15 +156,6 @@ class XidWatcher(threading.Thread):
 
 def _address(handle: Any) -> int | None:
     return ctypes.cast(handle, ctypes.c_void_p).value
-
-
-def _state(error: Exception) -> State:
-    code = code_of(error)
-    if code == pynvml.NVML_ERROR_NO_PERMISSION:
-        return State.NO_PERMISSION
-    if code == pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
-        return State.MISSING_FUNCTION
-    return State.UNSUPPORTED if code == pynvml.NVML_ERROR_NOT_SUPPORTED else State.ERROR
 
 
 def watched(gpus: Iterable[Gpu], watcher: XidWatcher | None) -> dict[str, State]:

@@ -104,7 +104,8 @@ DRIVER_UP = Family(
 DRIVER_LOADS = Family(
     "gpuglass_gpu_driver_loads_total",
     Kind.COUNTER,
-    "Times that NVML was initialised; more than once means that the driver was lost or reloaded.",
+    "Times that NVML was initialised; more than once means that the driver or a GPU was lost, or that the "
+    "configuration of process labels changed.",
     absent="The agent runs without its GPU part.",
 )
 GPUS = Family(

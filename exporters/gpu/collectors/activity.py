@@ -3,7 +3,7 @@ did."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import pynvml
@@ -90,7 +90,7 @@ class Activity:
     def _busy(self, see: Observations, now: float, graphics: float | None) -> None:
         samples = self._cursor.read(see, self._gpu.handle, self._interval)
         if samples:
-            self._held = (_mean(samples), max(samples), now)
+            self._held = (fmean(samples), max(samples), now)
         if samples is not None and self._held is not None and now - self._held[2] <= HOLD + self._interval:
             mean, peak, _ = self._held
             see.add(families.BUSY, gpm.ratio(mean), "samples")
@@ -105,10 +105,6 @@ class Activity:
     def close(self) -> None:
         """Free GPM's buffers."""
         self._gpm.close()
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values)
 
 
 class MemoryController:
