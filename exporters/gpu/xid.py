@@ -21,7 +21,7 @@ from gpuglass.families import gpu as families
 from gpuglass.family import Batch
 from gpuglass.logs import LOG
 
-WAIT_MS = 500
+WAIT_MS = 250
 MAX_UNKNOWN_CODES = 32
 """Codes per GPU beyond the known ones that get a series; further ones are counted as xid="other"."""
 
