@@ -975,7 +975,8 @@ def test_the_command_fails_for_a_prometheus_that_was_asked_for() -> None:
         assert doctor("--prometheus", f"http://127.0.0.1:{port}", **off).returncode == 0
 
 
-def test_with_a_real_prometheus(prometheus: Path, tmp_path: Path) -> None:
+@pytest.mark.needs("debian-prometheus")
+def test_with_a_real_prometheus(debian_prometheus: Path, tmp_path: Path) -> None:
     body = b"# TYPE gpuglass_gpu_up gauge\ngpuglass_gpu_up 1\n"
     with serving(lambda *_: (200, "text/plain; version=0.0.4", body)) as port:
         jobs = [
@@ -986,7 +987,7 @@ def test_with_a_real_prometheus(prometheus: Path, tmp_path: Path) -> None:
             }
             for path in ("/metrics/fast", "/metrics")
         ]
-        with running_prometheus(prometheus, jobs, tmp_path) as server:
+        with running_prometheus(debian_prometheus, jobs, tmp_path) as server:
             server.wait_for("count(gpuglass_gpu_up) == 2")
             checks = prom(int(server.url.rpartition(":")[2]))
     # A program that was built without its release's flags tells no version.

@@ -10,7 +10,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 CORE = "core and GPU"
+DEMO = "demo"
+MACHINERY = "the tests' own machinery"
 ROOMS = {
+    "tests/gpuglass/test_demo.py": DEMO,
+    "tests/test_support.py": MACHINERY,
+    "tests/fakes/": MACHINERY,
     "tests/exporters/vllm/": "vLLM",
     "tests/exporters/engine_probe/": "vLLM",
     "tests/ebpf/": "ebpf",
@@ -20,10 +25,12 @@ ROOMS = {
     "tests/alert_rules/": "rules",
     "tests/dashboards/": "dashboards",
 }
-"""The room of the tests in a folder; all others are CORE's."""
+"""The room of the tests in a folder or file; all others are CORE's."""
 
 SECONDS = {
     CORE: 240,
+    DEMO: 60,
+    MACHINERY: 60,
     "vLLM": 720,
     "ebpf": 240,
     "otel_bridge": 240,
