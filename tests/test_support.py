@@ -169,7 +169,8 @@ def test_every_room_has_a_budget_and_what_is_in_no_room_is_the_cores() -> None:
     assert set(ROOMS.values()) | {CORE} == set(SECONDS)
     assert room_of("tests/exporters/vllm/test_ledger.py::test_x") == "vLLM"
     assert room_of("tests/exporters/gpu/test_nvml.py::test_x") == CORE
-    assert room_of("tests/test_support.py::test_x") == CORE
+    assert room_of("tests/test_packaging.py::test_x") == CORE
+    assert room_of("tests/test_support.py::test_x") != CORE
 
 
 def test_budgets_add_up_setup_call_and_teardown() -> None:
