@@ -98,6 +98,16 @@ def _go() -> str | None:
     return None
 
 
+def _git() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parents[2]), "rev-parse"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "no git on the PATH"
+    return done.stderr.strip().splitlines()[0] if done.returncode else None
+
+
 def _gpu() -> str | None:
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -143,6 +153,7 @@ REQUIREMENTS = {
             _import("grpc", "google.protobuf"),
             "pip install -e '.[kubernetes]'",
         ),
+        Requirement("git", "git, in a clone", _git, "apt-get install git, and clone the repository"),
         Requirement("gpu", "an NVIDIA GPU", _gpu, "run the tests on a machine with one"),
     )
 }
