@@ -98,6 +98,19 @@ def _go() -> str | None:
     return None
 
 
+_CAPABILITIES = {"CAP_BPF": 39, "CAP_PERFMON": 38}
+_CAP_SYS_ADMIN = 21
+
+
+def _bpf() -> str | None:
+    status = Path("/proc/self/status").read_text()
+    effective = int(re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    if effective >> _CAP_SYS_ADMIN & 1:
+        return None
+    lacking = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
+    return f"lacks {' and '.join(lacking)}" if lacking else None
+
+
 def _git() -> str | None:
     try:
         done = subprocess.run(
@@ -152,6 +165,10 @@ REQUIREMENTS = {
             "grpcio and protobuf",
             _import("grpc", "google.protobuf"),
             "pip install -e '.[kubernetes]'",
+        ),
+        Requirement("node", "Node.js", _program("node"), "apt-get install nodejs"),
+        Requirement(
+            "bpf", "the rights to load BPF programs", _bpf, "run make test as root, outside of a container"
         ),
         Requirement("git", "git, in a clone", _git, "apt-get install git, and clone the repository"),
         Requirement("gpu", "an NVIDIA GPU", _gpu, "run the tests on a machine with one"),
