@@ -1,0 +1,439 @@
+"""The record stream: what an engine tells the agent, over a SOCK_SEQPACKET Unix socket, in msgpack.
+
+One packet is one msgpack map of at most `MAX_PACKET` bytes: `{"seq": n, "records": [...]}`. Each record is
+a map with a `type`. The first record of a connection is a `Hello`. Unknown types and unknown fields are
+passed over, so that a newer sender can speak to an older receiver.
+
+There are three sorts of records, and the sort decides what happens when the receiver is away:
+
+state   absolute values: the last one counts. Repeating one changes nothing, losing one costs freshness only.
+event   a thing that happened once. Kept in a bounded queue until sent; the oldest are dropped and counted.
+sum     an increase since the last sum of the same kind. Sums travel in packets with `seq` > 0, which the
+        receiver acknowledges with `{"ack": n}` (everything up to n is taken in). Until then the sender keeps
+        the packet and sends it again on the next connection; a receiver takes in each (`Hello.sender`, `seq`)
+        once. Packets with `seq` 0 hold no sums and are not acknowledged.
+
+All times are CLOCK_MONOTONIC nanoseconds (`at`); `Hello.clock_offset_ns` added gives Unix time. Durations
+are in nanoseconds. `request_id` is the engine's own id of one sequence; it joins what the processes of an
+engine tell. Of a request's content nothing travels but lengths.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+VERSION = 1
+"""Version of the protocol; a receiver refuses a `Hello` with another one."""
+
+MAX_PACKET = 64 * 1024
+"""Bytes of a packet; larger ones are refused by the receiver."""
+
+MAX_ID = 128
+"""Characters of a request id, external id or sender id; the sender shortens longer ones."""
+
+MAX_TENANT = 64
+"""Characters of a tenant's name."""
+
+UNVERIFIED = "unverified"
+"""Tenant of a request whose claim is not believed, or that makes none while tenants are configured."""
+
+NO_TENANT = ""
+"""Tenant of all requests while no middleware identifies tenants."""
+
+STEP_SECONDS = (
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+)
+"""Upper bounds of `StepSums.seconds`, without +Inf."""
+
+BATCH_REQUESTS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+"""Upper bounds of `StepSums.requests`, without +Inf."""
+
+EVICT_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+"""Upper bounds of `CoreSums.evictions`, without +Inf."""
+
+OUTCOMES = ("stop", "length", "abort", "error", "rejected")
+ERROR_TYPES = ("", "validation", "admission", "timeout", "out_of_memory", "engine")
+PREEMPTION_CAUSES = ("kv_full", "cache_reset", "unknown")
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    pass
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    pass
+
+
+# Who speaks
+
+
+class Capability(_Part, kw_only=True):
+    """Whether one hook works in this process. `state` is active, unavailable or disabled."""
+
+    hook: str
+    state: str
+    reason: str = ""
+    """In a few words, for people; empty while active."""
+
+
+class Pool(_Part, kw_only=True):
+    """Geometry of the KV cache. Shares are blocks ÷ `blocks`."""
+
+    blocks: int
+    """Blocks that requests can hold (without vLLM's null block)."""
+    block_bytes: int
+    """Bytes of one block on all ranks together; 0 if unknown."""
+    block_tokens: int
+    """Tokens that fill one block; 0 where groups differ."""
+
+
+class Experts(_Part, kw_only=True):
+    """The expert layers of this rank's model, in the order of `ExpertSums`."""
+
+    layers: list[int]
+    """Layer numbers as the model counts them."""
+    experts: int
+    """Logical experts per layer."""
+    top_k: int
+    every: int
+    """One step in `every` is counted."""
+    ranks: int = 1
+    """Expert-parallel ranks; expert e lives on rank e·ranks÷experts where `placement` is linear."""
+    placement: str = "linear"
+    """linear, round_robin, or unknown (then no per-rank load can be told)."""
+
+
+class Hello(_Record, tag="hello", kw_only=True):
+    """State: who speaks. First on each connection, and again whenever something in it changes."""
+
+    version: int
+    sender: str
+    """Random name of this process's life; scopes `seq`."""
+    instance: str
+    """Random name that all processes of one server share (inherited through the environment)."""
+    server: str = ""
+    """Name that the operator gave the server (GPUGLASS_SERVER): tells servers of one model apart."""
+    role: str
+    """frontend (knows who asked), core (knows blocks and outcomes), worker (knows time and experts)."""
+    engine_name: str
+    """vllm, sglang, …"""
+    engine_version: str
+    software: str
+    """What sends, with version: gpuglass-vllm/0.1.0."""
+    model_name: str
+    engine: str = "0"
+    """Data-parallel index as the engine spells it."""
+    rank: int = -1
+    """Worker's rank in its engine (tensor × pipeline); -1 for the other roles."""
+    gpu_uuid: str = ""
+    """Claimed; the receiver believes it only if the driver lists this process on that GPU."""
+    device_name: str = ""
+    """Name of the accelerator, or cpu."""
+    peak_flops: float = 0.0
+    """Dense FLOP/s that the maker gives for the model's compute type; 0 if unknown."""
+    clock_offset_ns: int
+    capabilities: list[Capability] = []
+    pool: Pool | None = None
+    experts: Experts | None = None
+
+
+class ProbeState(_Record, tag="probe", kw_only=True):
+    """State: how the sender itself fares. All counts since the process began."""
+
+    at: int
+    hook_errors: dict[str, int] = {}
+    """Errors swallowed, by hook."""
+    dropped: int = 0
+    """Events dropped because the receiver was away or slow."""
+    hook_ns: int = 0
+    """Time spent in hooks on the engine's own threads."""
+    send_errors: int = 0
+
+
+# Requests
+
+
+class RequestStart(_Record, tag="request_start", kw_only=True):
+    """Event of a frontend: a request entered the engine. Sent again for open requests on a new connection."""
+
+    at: int
+    request_id: str
+    external_id: str = ""
+    """As the client or server named it; several sequences may share it."""
+    tenant: str = NO_TENANT
+    trace_id: str = ""
+    """32 hex digits of W3C trace context, or empty."""
+    span_id: str = ""
+    """16 hex digits: the caller's span."""
+    sampled: bool = False
+    """The caller's sampled flag."""
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    lora: str = ""
+
+
+class RequestAnswered(_Record, tag="request_answered", kw_only=True):
+    """Event of a frontend: it is done with a request (answered, or gave it up). What the user felt."""
+
+    at: int
+    request_id: str
+    outcome: str
+    error_type: str = ""
+    duration_ns: int
+    """From arrival in the server to the last output."""
+    first_token_ns: int = -1
+    """From arrival to the first token; -1 if there was none."""
+
+
+class RequestRefused(_Record, tag="request_refused", kw_only=True):
+    """Event of a frontend: a request that never entered the engine (outcome rejected)."""
+
+    at: int
+    error_type: str
+    tenant: str = NO_TENANT
+    external_id: str = ""
+    trace_id: str = ""
+    duration_ns: int = 0
+
+
+class RequestProgress(_Record, tag="request_progress", kw_only=True):
+    """State of a core: an open request. Sent while something in it changes."""
+
+    at: int
+    request_id: str
+    tenant: str = NO_TENANT
+    running: bool = False
+    blocks: float = 0.0
+    """Blocks held now, a block shared by n requests counting 1/n."""
+    peak_blocks: float = 0.0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+
+
+class RequestEnd(_Record, tag="request_end", kw_only=True):
+    """Event of a core: a request left the scheduler, by whatever way. Totals of its life."""
+
+    at: int
+    request_id: str
+    outcome: str
+    error_type: str = ""
+    tenant: str = NO_TENANT
+    arrival_ns: int
+    """When it arrived in the server, on the monotonic clock."""
+    queue_ns: int = -1
+    """Arrival to first scheduling; -1 if it never ran."""
+    prefill_ns: int = -1
+    """First scheduling to first token."""
+    decode_ns: int = -1
+    """First token to last."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    output_tokens: int = 0
+    preemptions: int = 0
+    peak_blocks: float = 0.0
+    kv_block_ns: float = 0.0
+    """Integral of blocks held over time."""
+
+
+class GpuProgress(_Record, tag="gpu_progress", kw_only=True):
+    """State of a worker: GPU time of requests on this rank since they began. Parallel lists."""
+
+    at: int
+    request_ids: list[str]
+    gpu_ns: list[float]
+    recompute_ns: list[float] = []
+    """Part of `gpu_ns` that computed tokens anew which a preemption had thrown away; empty: none."""
+    ended: list[str] = []
+    """Requests of this list or an earlier one that will not change any more."""
+
+
+class Preemption(_Record, tag="preemption", kw_only=True):
+    """Event of a core: a running request lost its blocks."""
+
+    at: int
+    cause: str
+    victim: str
+    tenant: str = NO_TENANT
+    victim_blocks: float = 0.0
+    lost_tokens: int = 0
+    """Tokens that must be computed again, less what the prefix cache still has by then."""
+    holders: list[str] = []
+    """The requests that held most blocks at that moment, most first, at most three."""
+    holder_blocks: list[float] = []
+
+
+# Engine
+
+
+class PoolState(_Record, tag="pool", kw_only=True):
+    """State of a core: its KV pool and queues now."""
+
+    at: int
+    used_blocks: int
+    """Blocks that a request holds."""
+    cached_blocks: int = 0
+    """Free blocks that still hold a reusable prefix."""
+    waste_tokens: int = 0
+    """Empty places in the last blocks of running requests."""
+    running: int = 0
+    waiting: int = 0
+
+
+class TenantSums(_Record, tag="tenant", kw_only=True):
+    """Sum: what a tenant used since the last one, in this process."""
+
+    tenant: str
+    gpu_ns: float = 0.0
+    recompute_ns: float = 0.0
+    kv_block_ns: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    requests: dict[str, int] = {}
+    """Ended requests by `outcome` or, for errors and rejections, `outcome/error_type`."""
+
+
+class CoreSums(_Record, tag="core", kw_only=True):
+    """Sum of a core: preemptions by cause, evictions of cached blocks by time since last held."""
+
+    preemptions: dict[str, int] = {}
+    evictions: list[int] = []
+    """Counts by bucket of `EVICT_SECONDS`, not cumulative, the last is +Inf; empty: none."""
+    eviction_seconds: float = 0.0
+
+
+class StepSums(_Record, tag="steps", kw_only=True):
+    """Sum of a worker: its steps. GPU time is attributed + padding + dummy + unattributed."""
+
+    clock: str
+    """cuda (events on the stream) or wall (a CPU engine, or events unavailable)."""
+    steps: int = 0
+    attributed_ns: float = 0.0
+    """Divided over requests: the sum of their `gpu_ns`."""
+    padding_ns: float = 0.0
+    """Share of padded tokens in captured batches."""
+    dummy_ns: float = 0.0
+    """Steps without a request (data-parallel dummies)."""
+    unattributed_ns: float = 0.0
+    """Steps whose requests are unknown."""
+    idle_ns: float = 0.0
+    """Stream idle between steps while requests ran: the engine's CPU was the brake. Not in GPU time."""
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    padded_tokens: int = 0
+    prefill_ns: float = 0.0
+    """Part of `attributed_ns` that went to prefill."""
+    flops: float = 0.0
+    """Modelled floating-point operations of this rank; 0 if the engine has no model of itself."""
+    seconds: list[int] = []
+    """Steps by bucket of `STEP_SECONDS`, not cumulative, the last is +Inf."""
+    requests: list[int] = []
+    """Steps by bucket of `BATCH_REQUESTS`."""
+    request_steps: int = 0
+    """Sum over steps of the requests in them."""
+
+
+class ExpertSums(_Record, tag="experts", kw_only=True):
+    """Sum of a worker: how often experts were chosen, for some of the layers in `Hello.experts`."""
+
+    first: int
+    """Index into `Hello.experts.layers` of the first layer here."""
+    counts: bytes
+    """Little-endian uint32, layer after layer, `Hello.experts.experts` numbers each."""
+    counted_tokens: int
+    """Tokens in the steps that were counted: each layer's counts add up to `counted_tokens` × top_k."""
+    seen_tokens: int
+    """Tokens in all steps since the last such sum: counts × seen ÷ counted estimates all of them."""
+
+
+class HotExperts(_Record, tag="hot_experts", kw_only=True):
+    """Event of a worker: who chose each layer's hottest expert, over the steps of the last `ExpertSums`."""
+
+    at: int
+    tenants: list[str]
+    layers: list[int]
+    """Indices into `Hello.experts.layers`."""
+    experts: list[int]
+    """The hottest expert of each of `layers`."""
+    counts: list[list[int]]
+    """For each of `layers`, choices by each of `tenants`."""
+
+
+class AllocatorState(_Record, tag="allocator", kw_only=True):
+    """State of a worker: the caching allocator's statistics (bytes; counts since the process began)."""
+
+    at: int
+    allocated: int
+    active: int
+    reserved: int
+    inactive_split: int
+    """Free pieces of split segments: reserved, and no use to larger requests."""
+    retries: int = 0
+    ooms: int = 0
+
+
+class OutOfMemory(_Record, tag="out_of_memory", kw_only=True):
+    """Event of a worker: an allocation failed while this batch ran."""
+
+    at: int
+    requested: int = 0
+    """Bytes that were asked for; 0 if the error does not say."""
+    request_ids: list[str] = []
+    """Most scheduled tokens first, at most 16."""
+    tokens: list[int] = []
+
+
+Record = (
+    Hello
+    | ProbeState
+    | RequestStart
+    | RequestAnswered
+    | RequestRefused
+    | RequestProgress
+    | RequestEnd
+    | GpuProgress
+    | Preemption
+    | PoolState
+    | TenantSums
+    | CoreSums
+    | StepSums
+    | ExpertSums
+    | HotExperts
+    | AllocatorState
+    | OutOfMemory
+)
+Sum = (TenantSums, CoreSums, StepSums, ExpertSums)
+"""The records that may stand only in packets with `seq` > 0."""
+
+
+class Packet(msgspec.Struct, frozen=True, gc=False):
+    """One packet. Records stay raw, so that one that cannot be read does not spoil the others."""
+
+    seq: int
+    records: list[msgspec.Raw]
+
+
+class Ack(msgspec.Struct, frozen=True, gc=False):
+    """The receiver's only message: all packets up to `ack` are taken in."""
+
+    ack: int
