@@ -49,7 +49,7 @@ clean:  ## removes what make made in this folder; the caches stay
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The virtual environment, made anew only when pyproject.toml changed or its Python is gone.
-.venv/.demo: pyproject.toml
+.venv/.demo: pyproject.toml exporters/engine_probe/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found: apt-get install python3 python3-venv' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "GPUGlass needs Python 3.11, this is $$($(PYTHON) -V): make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -58,7 +58,7 @@ clean:  ## removes what make made in this folder; the caches stay
 	@echo 'preparing .venv' >&2
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install -qq -e '.[demo,kubernetes]'
+	@$(BIN)/python -m pip install -qq -e exporters/engine_probe -e '.[demo,kubernetes]'
 	@touch $@
 
 .venv/.test: .venv/.demo

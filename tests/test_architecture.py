@@ -24,7 +24,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "exporters.gpu": frozenset({"gpuglass"}),
     "exporters.vllm": frozenset({"gpuglass", "exporters.engine_probe"}),  # the probe's records
     "exporters.engine_probe": frozenset(),  # runs inside of the engine: it stands alone
-    "ebpf": frozenset({"gpuglass"}),
+    "ebpf": frozenset({"gpuglass", "exporters.engine_probe"}),  # sends by the same records
     "otel_bridge": frozenset({"gpuglass", "exporters.vllm"}),
     "recording_rules": frozenset({"gpuglass"}),
     "alert_rules": frozenset({"gpuglass"}),
@@ -34,7 +34,10 @@ ALLOWED: dict[str, frozenset[str]] = {
 """What each room may import of the others, at module level or anywhere else."""
 
 PACKAGES = frozenset({"gpuglass", "exporters", *(room for room in ALLOWED if "." not in room)})
-HELD_APART = PACKAGES | {"tests"}
+PROBE = "gpuglass_vllm"
+"""Name under which the engine probe, a distribution of its own, is imported."""
+
+HELD_APART = PACKAGES | {PROBE, "tests"}
 
 TOP = frozenset(
     {
@@ -63,6 +66,8 @@ READERS = frozenset({"gpuglass/demo", "gpuglass/doctor"})
 def room_of(module: str) -> str:
     """The room of a dotted module name: `exporters.gpu` for exporters.gpu.part, `ebpf` for ebpf.maps."""
     parts = module.split(".")
+    if parts[0] == PROBE:
+        return "exporters.engine_probe"
     return ".".join(parts[:2]) if parts[0] == "exporters" and len(parts) > 1 else parts[0]
 
 
@@ -247,6 +252,8 @@ def plant(root: Path, path: str, text: str) -> None:
         ("exporters/gpu/a.py", "from .. import vllm", "exporters.gpu.a imports exporters.vllm"),
         ("exporters/gpu/a.py", "from ..vllm import x", "exporters.gpu.a imports exporters.vllm"),
         ("exporters/engine_probe/a.py", "import gpuglass", "exporters.engine_probe.a imports gpuglass"),
+        ("exporters/gpu/a.py", "import gpuglass_vllm.records", "exporters.gpu.a imports gpuglass_vllm.records"),
+        ("gpuglass/a.py", "from gpuglass_vllm import x", "gpuglass.a imports gpuglass_vllm"),
         ("ebpf/a.py", "import exporters.gpu", "ebpf.a imports exporters.gpu"),
         ("otel_bridge/a.py", "import exporters.gpu", "otel_bridge.a imports exporters.gpu"),
         ("alert_rules/a.py", "from recording_rules import x", "alert_rules.a imports recording_rules"),
@@ -263,7 +270,8 @@ def test_a_planted_import_is_found(tmp_path: Path, path: str, text: str, fault: 
     [
         ("gpuglass/a.py", "import json, gpuglass.store\nfrom . import config\nfrom .demo import run"),
         ("exporters/gpu/a.py", "import gpuglass.store\nfrom . import part\nfrom exporters.gpu import xid"),
-        ("exporters/vllm/a.py", "from exporters.engine_probe import records\nfrom gpuglass import family"),
+        ("exporters/vllm/a.py", "from gpuglass_vllm import records\nfrom gpuglass import family"),
+        ("exporters/engine_probe/gpuglass_vllm/a.py", "from gpuglass_vllm import records\nfrom . import b"),
         ("otel_bridge/a.py", "from exporters.vllm import records"),
         ("ebpf/a.py", "import testsuite, gpuglass_other"),
     ],

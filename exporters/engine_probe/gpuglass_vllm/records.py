@@ -83,7 +83,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
 # Who speaks
 
 
-class Capability(_Part, kw_only=True):
+class Capability(_Part, frozen=True, kw_only=True):
     """Whether one hook works in this process. `state` is active, unavailable or disabled."""
 
     hook: str
@@ -92,7 +92,7 @@ class Capability(_Part, kw_only=True):
     """In a few words, for people; empty while active."""
 
 
-class Pool(_Part, kw_only=True):
+class Pool(_Part, frozen=True, kw_only=True):
     """Geometry of the KV cache. Shares are blocks ÷ `blocks`."""
 
     blocks: int
@@ -103,7 +103,7 @@ class Pool(_Part, kw_only=True):
     """Tokens that fill one block; 0 where groups differ."""
 
 
-class Experts(_Part, kw_only=True):
+class Experts(_Part, frozen=True, kw_only=True):
     """The expert layers of this rank's model, in the order of `ExpertSums`."""
 
     layers: list[int]
@@ -119,7 +119,7 @@ class Experts(_Part, kw_only=True):
     """linear, round_robin, or unknown (then no per-rank load can be told)."""
 
 
-class Hello(_Record, tag="hello", kw_only=True):
+class Hello(_Record, tag="hello", frozen=True, kw_only=True):
     """State: who speaks. First on each connection, and again whenever something in it changes."""
 
     version: int
@@ -153,7 +153,7 @@ class Hello(_Record, tag="hello", kw_only=True):
     experts: Experts | None = None
 
 
-class ProbeState(_Record, tag="probe", kw_only=True):
+class ProbeState(_Record, tag="probe", frozen=True, kw_only=True):
     """State: how the sender itself fares. All counts since the process began."""
 
     at: int
@@ -169,7 +169,7 @@ class ProbeState(_Record, tag="probe", kw_only=True):
 # Requests
 
 
-class RequestStart(_Record, tag="request_start", kw_only=True):
+class RequestStart(_Record, tag="request_start", frozen=True, kw_only=True):
     """Event of a frontend: a request entered the engine. Sent again for open requests on a new connection."""
 
     at: int
@@ -188,7 +188,7 @@ class RequestStart(_Record, tag="request_start", kw_only=True):
     lora: str = ""
 
 
-class RequestAnswered(_Record, tag="request_answered", kw_only=True):
+class RequestAnswered(_Record, tag="request_answered", frozen=True, kw_only=True):
     """Event of a frontend: it is done with a request (answered, or gave it up). What the user felt."""
 
     at: int
@@ -201,7 +201,7 @@ class RequestAnswered(_Record, tag="request_answered", kw_only=True):
     """From arrival to the first token; -1 if there was none."""
 
 
-class RequestRefused(_Record, tag="request_refused", kw_only=True):
+class RequestRefused(_Record, tag="request_refused", frozen=True, kw_only=True):
     """Event of a frontend: a request that never entered the engine (outcome rejected)."""
 
     at: int
@@ -212,7 +212,7 @@ class RequestRefused(_Record, tag="request_refused", kw_only=True):
     duration_ns: int = 0
 
 
-class RequestProgress(_Record, tag="request_progress", kw_only=True):
+class RequestProgress(_Record, tag="request_progress", frozen=True, kw_only=True):
     """State of a core: an open request. Sent while something in it changes."""
 
     at: int
@@ -227,7 +227,7 @@ class RequestProgress(_Record, tag="request_progress", kw_only=True):
     preemptions: int = 0
 
 
-class RequestEnd(_Record, tag="request_end", kw_only=True):
+class RequestEnd(_Record, tag="request_end", frozen=True, kw_only=True):
     """Event of a core: a request left the scheduler, by whatever way. Totals of its life."""
 
     at: int
@@ -253,7 +253,7 @@ class RequestEnd(_Record, tag="request_end", kw_only=True):
     """Integral of blocks held over time."""
 
 
-class GpuProgress(_Record, tag="gpu_progress", kw_only=True):
+class GpuProgress(_Record, tag="gpu_progress", frozen=True, kw_only=True):
     """State of a worker: GPU time of requests on this rank since they began. Parallel lists."""
 
     at: int
@@ -265,7 +265,7 @@ class GpuProgress(_Record, tag="gpu_progress", kw_only=True):
     """Requests of this list or an earlier one that will not change any more."""
 
 
-class Preemption(_Record, tag="preemption", kw_only=True):
+class Preemption(_Record, tag="preemption", frozen=True, kw_only=True):
     """Event of a core: a running request lost its blocks."""
 
     at: int
@@ -283,7 +283,7 @@ class Preemption(_Record, tag="preemption", kw_only=True):
 # Engine
 
 
-class PoolState(_Record, tag="pool", kw_only=True):
+class PoolState(_Record, tag="pool", frozen=True, kw_only=True):
     """State of a core: its KV pool and queues now."""
 
     at: int
@@ -297,7 +297,7 @@ class PoolState(_Record, tag="pool", kw_only=True):
     waiting: int = 0
 
 
-class TenantSums(_Record, tag="tenant", kw_only=True):
+class TenantSums(_Record, tag="tenant", frozen=True, kw_only=True):
     """Sum: what a tenant used since the last one, in this process."""
 
     tenant: str
@@ -313,7 +313,7 @@ class TenantSums(_Record, tag="tenant", kw_only=True):
     """Ended requests by `outcome` or, for errors and rejections, `outcome/error_type`."""
 
 
-class CoreSums(_Record, tag="core", kw_only=True):
+class CoreSums(_Record, tag="core", frozen=True, kw_only=True):
     """Sum of a core: preemptions by cause, evictions of cached blocks by time since last held."""
 
     preemptions: dict[str, int] = {}
@@ -322,7 +322,7 @@ class CoreSums(_Record, tag="core", kw_only=True):
     eviction_seconds: float = 0.0
 
 
-class StepSums(_Record, tag="steps", kw_only=True):
+class StepSums(_Record, tag="steps", frozen=True, kw_only=True):
     """Sum of a worker: its steps. GPU time is attributed + padding + dummy + unattributed."""
 
     clock: str
@@ -353,7 +353,7 @@ class StepSums(_Record, tag="steps", kw_only=True):
     """Sum over steps of the requests in them."""
 
 
-class ExpertSums(_Record, tag="experts", kw_only=True):
+class ExpertSums(_Record, tag="experts", frozen=True, kw_only=True):
     """Sum of a worker: how often experts were chosen, for some of the layers in `Hello.experts`."""
 
     first: int
@@ -366,7 +366,7 @@ class ExpertSums(_Record, tag="experts", kw_only=True):
     """Tokens in all steps since the last such sum: counts × seen ÷ counted estimates all of them."""
 
 
-class HotExperts(_Record, tag="hot_experts", kw_only=True):
+class HotExperts(_Record, tag="hot_experts", frozen=True, kw_only=True):
     """Event of a worker: who chose each layer's hottest expert, over the steps of the last `ExpertSums`."""
 
     at: int
@@ -379,7 +379,7 @@ class HotExperts(_Record, tag="hot_experts", kw_only=True):
     """For each of `layers`, choices by each of `tenants`."""
 
 
-class AllocatorState(_Record, tag="allocator", kw_only=True):
+class AllocatorState(_Record, tag="allocator", frozen=True, kw_only=True):
     """State of a worker: the caching allocator's statistics (bytes; counts since the process began)."""
 
     at: int
@@ -392,7 +392,7 @@ class AllocatorState(_Record, tag="allocator", kw_only=True):
     ooms: int = 0
 
 
-class OutOfMemory(_Record, tag="out_of_memory", kw_only=True):
+class OutOfMemory(_Record, tag="out_of_memory", frozen=True, kw_only=True):
     """Event of a worker: an allocation failed while this batch ran."""
 
     at: int
