@@ -1,0 +1,583 @@
+"""The engine core's side: who runs, who holds which part of the KV cache, who was pushed out, how requests
+end.
+
+Hooks stand around the scheduler's methods. Per step the engine's thread does little: it notes requests that
+start, and looks at a few of the running ones, so that each is seen about four times a second. What is exact
+(tokens, outcomes, preemptions) is noted when it happens; the integral of blocks over time is a trapezoid
+through the moments at which a request was seen, with its start, preemptions and end among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from gpuglass_vllm import identity, kv, marks, records
+from gpuglass_vllm.hooks import Hook, table, wrap
+from gpuglass_vllm.link import Link
+from gpuglass_vllm.tenants import TenantTable
+
+logger = logging.getLogger("gpuglass_vllm")
+
+SEE_EVERY_NS = 200_000_000
+"""A round through the running requests starts so often."""
+_SLICE = 32
+"""Running requests looked at per step."""
+MAX_OPEN = 20_000
+"""Requests followed one by one; what is beyond still counts in the sums when it ends."""
+_HOLDERS = 3
+"""Holders that a preemption names."""
+_SWEEP_NS = 5_000_000_000
+"""How often free cached blocks are counted."""
+_SWEEP_BLOCKS = 20_000
+"""Blocks looked at per count; of larger pools, every n-th."""
+_FREED = 8192
+"""Freed cached blocks whose age is known."""
+
+OUTCOMES = {
+    "FINISHED_STOPPED": ("stop", ""),
+    "FINISHED_REPETITION": ("stop", ""),
+    "FINISHED_LENGTH_CAPPED": ("length", ""),
+    "FINISHED_IGNORED": ("rejected", "validation"),
+    "FINISHED_ABORTED": ("abort", ""),
+    "FINISHED_ERROR": ("error", "engine"),
+}
+
+
+class Open:
+    """A request in the scheduler."""
+
+    __slots__ = (
+        "arrival_ns",
+        "blocks",
+        "cached_tokens",
+        "computed_tokens",
+        "counted_output",
+        "counted_prompt",
+        "first_token_ns",
+        "id",
+        "kv_block_ns",
+        "lost_tokens",
+        "mark",
+        "output_tokens",
+        "peak_blocks",
+        "preemptions",
+        "request",
+        "running",
+        "scheduled_ns",
+        "seen_ns",
+    )
+
+    def __init__(self, request: Any, mark: marks.Mark, arrival_ns: int) -> None:
+        self.request = request
+        self.id = identity.short_id(request.request_id)
+        self.mark = mark
+        self.arrival_ns = arrival_ns
+        self.scheduled_ns = -1
+        self.first_token_ns = -1
+        self.seen_ns = 0
+        self.running = False
+        self.blocks = 0.0
+        self.peak_blocks = 0.0
+        self.kv_block_ns = 0.0
+        self.computed_tokens = 0
+        self.output_tokens = 0
+        self.cached_tokens = 0
+        self.counted_prompt = False
+        self.counted_output = 0
+        self.lost_tokens = 0
+        self.preemptions = 0
+
+
+class CoreProbe:
+    """What one scheduler lets itself be asked. Methods named `on_…` run on the engine's thread."""
+
+    def __init__(self, scheduler: Any, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._config = vllm_config
+        self._scheduler = scheduler
+        self._open: dict[str, Open] = {}
+        self._running: dict[str, Open] = {}
+        self._changed: dict[str, Open] = {}
+        """To be told to the agent."""
+        self._awaiting: dict[str, Open] = {}
+        """Scheduled, no token yet."""
+        self._tenants = TenantTable()
+        self._preemptions: dict[str, int] = {}
+        self._evictions = [0] * (len(records.EVICT_SECONDS) + 1)
+        self._eviction_seconds = 0.0
+        self._evicted = False
+        self._freed: dict[int, int] = {}
+        self._in_schedule = False
+        self._round: Iterator[None] | None = None
+        self._round_start = 0
+        self._pool_state: records.PoolState | None = None
+        self._pool_sent: records.PoolState | None = None
+        self._cached = (0, 0)
+        """When free cached blocks were counted last, and how many there were."""
+        self.pool: kv.PoolReader | None = None
+        hook = table.hook("core.kv")
+        try:
+            parallel = vllm_config.parallel_config
+            ranks = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
+            self.pool = kv.PoolReader(scheduler.kv_cache_manager, kv_cache_config, ranks)
+            hook.activate()
+        except (AttributeError, TypeError) as error:
+            hook.unavailable(f"the KV cache manager is built otherwise: {error}")
+        self._kv = hook
+        self.link = Link("core", self)
+
+    # On the engine's thread
+
+    def on_add(self, request: Any) -> None:
+        """A request enters the queue."""
+        if request.request_id not in self._open and len(self._open) < MAX_OPEN:
+            self._follow(request)
+
+    def _follow(self, request: Any) -> Open:
+        params = getattr(request, "sampling_params", None) or getattr(request, "pooling_params", None)
+        now = time.monotonic_ns()
+        waited = max(0.0, time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()))
+        opened = Open(request, marks.get(params), now - int(waited * 1e9))
+        self._open[request.request_id] = self._changed[request.request_id] = opened
+        return opened
+
+    def on_schedule_begin(self) -> None:
+        """A step is about to be planned: preemptions from here on come from a full pool."""
+        self._in_schedule = True
+
+    def on_schedule_end(self, output: Any) -> None:
+        """A step was planned."""
+        self._in_schedule = False
+        now = time.monotonic_ns()
+        for new in output.scheduled_new_reqs:
+            known = self._open.get(new.req_id)
+            opened = known if known is not None else self._follow(self._scheduler.requests[new.req_id])
+            opened.cached_tokens = int(new.num_computed_tokens)
+            self._scheduled(opened, now)
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        if resumed:
+            cached = output.scheduled_cached_reqs
+            for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+                back = self._open.get(request_id) if request_id in resumed else None
+                if back is not None:
+                    self._resumed(back, int(computed), now)
+        self._look(now)
+
+    def on_update(self) -> None:
+        """A step's tokens are known."""
+        if self._awaiting:
+            now = time.monotonic_ns()
+            for request_id, opened in list(self._awaiting.items()):
+                if len(opened.request.output_token_ids) > 0:
+                    opened.first_token_ns = now
+                    del self._awaiting[request_id]
+                    with self._tenants.lock:
+                        self._count_prompt(opened, opened.request.num_prompt_tokens)
+
+    def on_preempt(self, request: Any) -> None:
+        """A running request is about to lose its blocks."""
+        now = time.monotonic_ns()
+        cause = "kv_full" if self._in_schedule else "cache_reset"
+        opened = self._open.get(request.request_id)
+        mark = opened.mark if opened is not None else marks.NONE
+        with self._tenants.lock:
+            self._tenants.of(mark.tenant).preemptions += 1
+            self._preemptions[cause] = self._preemptions.get(cause, 0) + 1
+        lost = int(request.num_computed_tokens)
+        holders: list[tuple[float, str]] = []
+        blocks = 0.0
+        if opened is not None:
+            if self._kv.on and self.pool is not None:
+                holders = self._holders()
+                self._last_look(opened, now)
+                blocks = opened.blocks
+            self._running.pop(request.request_id, None)
+            self._changed[request.request_id] = opened
+            opened.preemptions += 1
+            opened.lost_tokens = lost
+            opened.running = False
+            opened.blocks = 0.0
+        self.link.event(
+            records.Preemption(
+                at=now,
+                cause=cause,
+                victim=opened.id if opened is not None else identity.short_id(request.request_id),
+                tenant=mark.tenant,
+                victim_blocks=blocks,
+                lost_tokens=lost,
+                holders=[holder for _, holder in holders],
+                holder_blocks=[held for held, _ in holders],
+            )
+        )
+
+    def on_free(self, request: Any) -> None:
+        """A request ends and is about to give its blocks back. Its status says how."""
+        opened = self._open.pop(request.request_id, None)
+        outcome, error_type = OUTCOMES.get(getattr(request.status, "name", ""), ("error", "engine"))
+        now = time.monotonic_ns()
+        if opened is None:
+            params = getattr(request, "sampling_params", None) or getattr(request, "pooling_params", None)
+            opened = Open(request, marks.get(params), now)
+        self._awaiting.pop(request.request_id, None)
+        self._running.pop(request.request_id, None)
+        self._changed.pop(request.request_id, None)
+        if self._kv.on and self.pool is not None:
+            self._kv.run(self._last_look, opened, now)
+        output = len(request.output_token_ids)
+        computed = int(request.num_computed_tokens)
+        if output and opened.first_token_ns < 0:
+            opened.first_token_ns = now
+        with self._tenants.lock:
+            if opened.scheduled_ns >= 0 or output:
+                prompt = int(request.num_prompt_tokens)
+                self._count_prompt(opened, prompt if output else min(computed, prompt))
+            self._count_output(opened, output)
+            if not opened.mark.counted:
+                self._tenants.of(opened.mark.tenant).end(outcome, error_type)
+        first, scheduled = opened.first_token_ns, opened.scheduled_ns
+        self.link.event(
+            records.RequestEnd(
+                at=now,
+                request_id=opened.id,
+                outcome=outcome,
+                error_type=error_type,
+                tenant=opened.mark.tenant,
+                arrival_ns=opened.arrival_ns,
+                queue_ns=scheduled - opened.arrival_ns if scheduled >= 0 else -1,
+                prefill_ns=first - scheduled if first >= 0 and scheduled >= 0 else -1,
+                decode_ns=now - first if first >= 0 else -1,
+                prompt_tokens=int(request.num_prompt_tokens),
+                cached_tokens=opened.cached_tokens,
+                output_tokens=output,
+                preemptions=opened.preemptions,
+                peak_blocks=opened.peak_blocks,
+                kv_block_ns=opened.kv_block_ns,
+            )
+        )
+
+    def on_evict(self, block_id: int) -> None:
+        """A cached block is given to someone else."""
+        freed = self._freed.pop(block_id, None)
+        if freed is None:
+            return
+        seconds = (time.monotonic_ns() - freed) / 1e9
+        bucket = 0
+        while bucket < len(records.EVICT_SECONDS) and seconds > records.EVICT_SECONDS[bucket]:
+            bucket += 1
+        with self._tenants.lock:
+            self._evictions[bucket] += 1
+            self._eviction_seconds += seconds
+            self._evicted = True
+
+    def _scheduled(self, opened: Open, now: int) -> None:
+        if opened.scheduled_ns < 0:
+            opened.scheduled_ns = now
+            self._awaiting[opened.request.request_id] = opened
+        opened.running = True
+        self._running[opened.request.request_id] = self._changed[opened.request.request_id] = opened
+        opened.seen_ns = now
+        if self._kv.on and self.pool is not None:
+            opened.blocks = self.pool.held(opened.request.request_id, {})
+            opened.peak_blocks = max(opened.peak_blocks, opened.blocks)
+
+    def _resumed(self, opened: Open, computed: int, now: int) -> None:
+        again = max(0, opened.lost_tokens - computed)
+        opened.lost_tokens = 0
+        with self._tenants.lock:
+            self._tenants.of(opened.mark.tenant).recomputed_tokens += again
+        self._scheduled(opened, now)
+
+    def _look(self, now: int) -> None:
+        """Look at some running requests; a round over all of them ends with the pool's own state."""
+        if self._round is None:
+            if now - self._round_start < SEE_EVERY_NS:
+                return
+            self._round_start = now
+            self._round = self._look_around()
+        if next(self._round, self) is self:
+            self._round = None
+
+    def _look_around(self) -> Iterator[None]:
+        memo: kv.Memo = {}
+        waste = 0
+        pool = self.pool
+        running = list(self._running.items())
+        for begin in range(0, len(running), _SLICE):
+            now = time.monotonic_ns()
+            with self._tenants.lock:
+                for request_id, opened in running[begin : begin + _SLICE]:
+                    if request_id not in self._running:
+                        continue
+                    request = opened.request
+                    opened.computed_tokens = int(request.num_computed_tokens)
+                    self._changed[request_id] = opened
+                    self._count_output(opened, len(request.output_token_ids))
+                    if pool is not None and self._kv.on:
+                        self._see(opened, now, memo)
+                        if pool.one_group:
+                            places = pool.count(request_id) * pool.block_tokens
+                            waste += max(0, places - opened.computed_tokens)
+            if begin + _SLICE < len(running):
+                yield
+        self._note_pool(waste if pool is not None and pool.one_group else -1)
+
+    def _note_pool(self, waste: int) -> None:
+        scheduler = self._scheduler
+        pool = self.pool
+        if pool is None:
+            return
+        self._pool_state = records.PoolState(
+            at=time.monotonic_ns(),
+            used_blocks=pool.used(),
+            cached_blocks=self._cached[1],
+            waste_tokens=waste,
+            running=len(scheduler.running),
+            waiting=_waiting(scheduler),
+        )
+
+    def _see(self, opened: Open, now: int, memo: kv.Memo) -> None:
+        """Bring a request's blocks up to now. The tenants' lock is held."""
+        assert self.pool is not None
+        blocks = self.pool.held(opened.request.request_id, memo)
+        if opened.seen_ns:
+            gain = (opened.blocks + blocks) / 2 * (now - opened.seen_ns)
+            opened.kv_block_ns += gain
+            self._tenants.of(opened.mark.tenant).kv_block_ns += gain
+        opened.seen_ns = now
+        opened.blocks = blocks
+        if blocks > opened.peak_blocks:
+            opened.peak_blocks = blocks
+
+    def _last_look(self, opened: Open, now: int) -> None:
+        if opened.running:
+            with self._tenants.lock:
+                self._see(opened, now, {})
+        self._note_freed(opened.request.request_id, now)
+
+    def _holders(self) -> list[tuple[float, str]]:
+        """The requests that hold most blocks right now, most first."""
+        assert self.pool is not None
+        memo: kv.Memo = {}
+        held = [(self.pool.held(request_id, memo), opened.id) for request_id, opened in self._running.items()]
+        return sorted(held, reverse=True)[:_HOLDERS]
+
+    def _note_freed(self, request_id: str, now: int) -> None:
+        """Remember since when cached blocks are without a holder; of long lists, some."""
+        assert self.pool is not None
+        for blocks in self.pool.lists(request_id):
+            for index in range(0, len(blocks), max(1, len(blocks) // 64)):
+                block = blocks[index]
+                if block.ref_cnt == 1 and getattr(block, "block_hash", None) is not None:
+                    self._freed.pop(block.block_id, None)
+                    if len(self._freed) >= _FREED:
+                        del self._freed[next(iter(self._freed))]
+                    self._freed[block.block_id] = now
+
+    def _count_prompt(self, opened: Open, tokens: int) -> None:
+        if not opened.counted_prompt:
+            opened.counted_prompt = True
+            sums = self._tenants.of(opened.mark.tenant)
+            sums.prompt_tokens += int(tokens)
+            sums.cached_tokens += min(opened.cached_tokens, int(tokens))
+
+    def _count_output(self, opened: Open, tokens: int) -> None:
+        opened.output_tokens = tokens
+        if tokens > opened.counted_output:
+            self._tenants.of(opened.mark.tenant).output_tokens += tokens - opened.counted_output
+            opened.counted_output = tokens
+
+    # On the link's thread
+
+    def hello(self) -> dict[str, Any]:
+        """Model, engine and the pool's geometry."""
+        fields = identity.of(self._config)
+        if self.pool is not None and self._kv.state == "active":
+            fields["pool"] = records.Pool(
+                blocks=self.pool.blocks,
+                block_bytes=self.pool.block_bytes,
+                block_tokens=self.pool.block_tokens,
+            )
+        return fields
+
+    def states(self, everything: bool) -> Iterator[records.Record]:
+        """The pool, and open requests that changed."""
+        now = time.monotonic_ns()
+        if self._kv.on and now - self._cached[0] > _SWEEP_NS:
+            self._kv.run(self._sweep, now)
+        if not self._open and self.pool is not None and now - self._round_start > 2 * SEE_EVERY_NS:
+            # No step comes any more to say that the pool is empty.
+            self._kv.run(self._note_pool, 0)
+        state = self._pool_state
+        if state is not None and (everything or state is not self._pool_sent):
+            self._pool_sent = state
+            yield state
+        if everything:
+            self._changed.update(self._open.copy())
+        for _ in range(len(self._changed)):
+            try:
+                _, opened = self._changed.popitem()
+            except KeyError:
+                return
+            yield records.RequestProgress(
+                at=opened.seen_ns or opened.arrival_ns,
+                request_id=opened.id,
+                tenant=opened.mark.tenant,
+                running=opened.running,
+                blocks=opened.blocks,
+                peak_blocks=opened.peak_blocks,
+                computed_tokens=opened.computed_tokens,
+                output_tokens=opened.output_tokens,
+                preemptions=opened.preemptions,
+            )
+
+    def sums(self) -> Iterator[records.Record]:
+        """Tenants, preemptions and evictions."""
+        with self._tenants.lock:
+            preemptions, self._preemptions = self._preemptions, {}
+            evictions, seconds = self._evictions, self._eviction_seconds
+            evicted, self._evicted = self._evicted, False
+            if evicted:
+                self._evictions = [0] * len(evictions)
+                self._eviction_seconds = 0.0
+        if preemptions or evicted:
+            yield records.CoreSums(
+                preemptions=preemptions,
+                evictions=evictions if evicted else [],
+                eviction_seconds=seconds if evicted else 0.0,
+            )
+        yield from self._tenants.drain()
+
+    def _sweep(self, now: int) -> None:
+        """Count free blocks that still hold a prefix, giving way to the engine's thread in between."""
+        assert self.pool is not None
+        blocks = self.pool.pool.blocks
+        stride = -(-len(blocks) // _SWEEP_BLOCKS)
+        found = 0
+        for begin in range(0, len(blocks), 512 * stride):
+            for block in blocks[begin : begin + 512 * stride : stride]:
+                if block.ref_cnt == 0 and not block.is_null and block.block_hash is not None:
+                    found += 1
+            time.sleep(0)
+        self._cached = (now, min(found * stride, self.pool.blocks))
+
+
+def _waiting(scheduler: Any) -> int:
+    counts = getattr(scheduler, "get_request_counts", None)
+    if counts is not None:
+        return int(counts()[1])
+    return len(scheduler.waiting)
+
+
+# Hooks
+
+_probes: dict[int, CoreProbe] = {}
+"""By the id of their scheduler, which they keep alive until its `shutdown`."""
+
+
+def after_fork() -> None:
+    """A child made by fork has schedulers of its own."""
+    _probes.clear()
+    _pools.clear()
+
+
+def install(scheduler_class: type) -> None:
+    """Put the hooks around a scheduler class: vLLM's own or any other of the same interface."""
+    life = table.hook("core.scheduler")
+    if not wrap(scheduler_class, "__init__", life, after=_constructed):
+        return
+    life.activate()
+    wrap(scheduler_class, "shutdown", life, after=_shut_down)
+
+    def request(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _one(args, kwargs, "request")
+
+    _around(scheduler_class, "core.requests", "add_request", lambda probe, a, k: probe.on_add(request(a, k)))
+    _around(
+        scheduler_class,
+        "core.steps",
+        "schedule",
+        lambda probe, a, k: probe.on_schedule_begin(),
+        lambda probe, output: probe.on_schedule_end(output),
+    )
+    _around(
+        scheduler_class, "core.tokens", "update_from_output", after=lambda probe, output: probe.on_update()
+    )
+    _around(
+        scheduler_class,
+        "core.preemptions",
+        "_preempt_request",
+        lambda probe, a, k: probe.on_preempt(request(a, k)),
+    )
+    _around(
+        scheduler_class, "core.outcomes", "_free_request", lambda probe, a, k: probe.on_free(request(a, k))
+    )
+
+
+def _one(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The first argument, by whatever way it was given."""
+    return args[0] if args else kwargs[name]
+
+
+def _around(owner: type, name: str, method: str, before: Any = None, after: Any = None) -> None:
+    hook = table.hook(name)
+
+    def first(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        probe = _probes.get(id(scheduler))
+        if probe is not None:
+            before(probe, args, kwargs)
+
+    def last(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+        probe = _probes.get(id(scheduler))
+        if probe is not None:
+            after(probe, result)
+
+    if wrap(owner, method, hook, before=first if before else None, after=last if after else None):
+        hook.activate()
+
+
+def _constructed(
+    scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any
+) -> None:
+    if id(scheduler) in _probes:
+        return
+    config = kwargs.get("vllm_config", args[0] if args else None)
+    kv_config = kwargs.get("kv_cache_config", args[1] if len(args) > 1 else None)
+    probe = CoreProbe(scheduler, config, kv_config)
+    _probes[id(scheduler)] = probe
+    _watch_evictions(probe)
+    probe.link.start()
+
+
+def _shut_down(
+    scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any
+) -> None:
+    probe = _probes.pop(id(scheduler), None)
+    if probe is not None:
+        probe.link.stop()
+        if probe.pool is not None:
+            _pools.pop(id(probe.pool.pool), None)
+
+
+_pools: dict[int, CoreProbe] = {}
+
+
+def _watch_evictions(probe: CoreProbe) -> None:
+    hook: Hook = table.hook("core.evictions")
+    if probe.pool is None:
+        hook.unavailable("the KV cache manager is built otherwise")
+        return
+    pool = probe.pool.pool
+    if not getattr(pool, "enable_caching", False):
+        hook.unavailable("prefix caching is off")
+        return
+
+    _pools[id(pool)] = probe
+
+    def evicted(this: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+        if result and id(this) in _pools:
+            _pools[id(this)].on_evict(_one(args, kwargs, "block").block_id)
+
+    if wrap(type(pool), "_maybe_evict_cached_block", hook, after=evicted):
+        hook.activate()
