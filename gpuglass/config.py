@@ -40,6 +40,26 @@ class Seconds(float):
         raise ValueError(f"expected a duration such as 500ms, 1s or 2m, got {_shown(value)}")
 
 
+class Mode(str):
+    """Access rights of a file in octal, as chmod takes them: "0750"."""
+
+    @classmethod
+    def parse(cls, value: object) -> Mode:
+        """Read a mode; raises ValueError."""
+        # A number is refused: 0750 without quotes is 488 by the time we see it, and 750 would be 1356.
+        if isinstance(value, str) and _MODE.match(value.strip()):
+            return cls(value.strip())
+        raise ValueError(f'expected a mode in quotes such as "0750", got {_shown(value)}')
+
+    @property
+    def bits(self) -> int:
+        """As chmod(2) takes it."""
+        return int(self, 8)
+
+
+_MODE = re.compile(r"0?[0-7]{3}\Z")
+
+
 def _within(key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{key}: must be between {low:g}s and {high:g}s, is {value:g}s")
@@ -50,6 +70,10 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Uid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)]
+
+MAX_SENDERS = 4096
+"""Most connections that the receiver can be told to take: each costs a file descriptor."""
 
 
 class LogConfig(_Section, frozen=True):
@@ -133,18 +157,119 @@ class GpuConfig(_Section, frozen=True):
             )
 
 
+class LimitsConfig(_Section, frozen=True):
+    """What the receiver takes of senders, however many and hostile they are."""
+
+    senders: Count = 256
+    """Connections at a time; an engine has one per API server, engine core and worker."""
+    senders_per_user: Count = 128
+    """Connections of one user (uid)."""
+    records_per_second: Count = 10_000
+    """Of each sender, with bursts of two seconds' worth. A faster one is read later, not refused."""
+    kilobytes_per_second: Count = 4096
+    """As above, in 1024 bytes."""
+
+    def __post_init__(self) -> None:
+        if self.senders > MAX_SENDERS:
+            raise ValueError(f"senders: at most {MAX_SENDERS}, is {self.senders}")
+
+
+class TenantQuota(_Section, frozen=True):
+    """What a tenant may use. Not enforced: exported beside the use, for rules, alerts and dashboards."""
+
+    gpu_seconds_per_day: float | None = None
+    kv_share: float | None = None
+    """Share of an engine's KV cache, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if self.gpu_seconds_per_day is not None and not 0 <= self.gpu_seconds_per_day < 1e12:
+            raise ValueError(
+                f"gpu_seconds_per_day: must be 0 or more seconds, is {self.gpu_seconds_per_day:g}"
+            )
+        if self.kv_share is not None and not 0 <= self.kv_share <= 1:
+            raise ValueError(f"kv_share: must be between 0 and 1, is {self.kv_share:g}")
+
+
+class TenantsConfig(_Section, frozen=True):
+    """Tenants, as the engines' middleware names them."""
+
+    limit: Count = 100
+    """Tenants with series of their own, first come; further ones are summed into tenant="other". Those with
+    a quota come first."""
+    quotas: dict[str, TenantQuota] = {}
+    """By tenant's name."""
+
+    def __post_init__(self) -> None:
+        if len(self.quotas) > self.limit:
+            raise ValueError(f"quotas: {len(self.quotas)} tenants are more than limit, {self.limit}")
+        for name in self.quotas:
+            if not 0 < len(name) <= 64 or not name.isprintable():
+                raise ValueError(
+                    f"quotas: a tenant's name has 1 to 64 printable characters, not {_shown(name)}"
+                )
+
+
+class ExpertsConfig(_Section, frozen=True):
+    """Experts of mixture-of-experts models."""
+
+    window: Seconds = Seconds(60)
+    """Over which load and hottest expert are computed."""
+    matrix: bool = False
+    """Export the selections of each expert of each layer: thousands of series per engine."""
+
+    def __post_init__(self) -> None:
+        _within("window", self.window, 10, 3600)
+
+
+class EnginesConfig(_Section, frozen=True):
+    """Receiver of what engines (vLLM with gpuglass-vllm, and others) tell about requests, tenants and
+    experts."""
+
+    enabled: bool = True
+    socket: str = ""
+    """Path of the Unix socket. Empty: /run/gpuglass/agent.sock, and where that cannot be made the agent runs
+    without it and says so; a path that is given must work."""
+    socket_mode: Mode = Mode("0666")
+    """Who may connect is decided by the folder, which is what pods mount, and by `allow_uids`."""
+    directory_mode: Mode = Mode("0755")
+    """Of the socket's folder, when the agent makes it."""
+    owner: str = ""
+    """User, by name or number, who gets folder and socket; needs root."""
+    group: str = ""
+    allow_uids: tuple[Uid, ...] = ()
+    """Users who may send, as the kernel tells them; empty: all who can connect."""
+    allow_namespaces: tuple[str, ...] = ()
+    """Patterns of the Kubernetes namespaces whose pods may send; empty: all, and processes outside pods."""
+    requests: Count = 10_000
+    """Open requests remembered per engine."""
+    limits: LimitsConfig = LimitsConfig()
+    tenants: TenantsConfig = TenantsConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+
+    def __post_init__(self) -> None:
+        # sockaddr_un has 108 bytes (unix(7)), the last of which is NUL.
+        if len(os.fsencode(self.socket)) > 107:
+            raise ValueError(f"socket: a socket's path has at most 107 bytes, {_shown(self.socket)} has more")
+        if self.socket and not self.socket.startswith("/"):
+            raise ValueError(f"socket: must be an absolute path, is {_shown(self.socket)}")
+
+
 class Config(_Section, frozen=True):
     """The whole configuration of the agent."""
 
     log: LogConfig = LogConfig()
     server: ServerConfig = ServerConfig()
     gpu: GpuConfig = GpuConfig()
+    engines: EnginesConfig = EnginesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
     proc: str = "/proc"
     """Where the host's /proc is seen."""
 
 
-NEEDS_RESTART = ("server.", "proc", "kubernetes.", "gpu.enabled", "gpu.nvml_library", "gpu.xid_events")
+NEEDS_RESTART = (
+    *("server.", "proc", "kubernetes.", "gpu.enabled", "gpu.nvml_library", "gpu.xid_events"),
+    *("engines.enabled", "engines.socket", "engines.directory_mode", "engines.owner", "engines.group"),
+)
 """Keys, or beginnings of keys, that cannot change while the agent runs."""
 
 FOREIGN_VARIABLES = frozenset(
@@ -314,10 +439,15 @@ def _overlay(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, 
 
 def _from_text(text: str, kind: Any) -> Any:
     """A variable's text as the document would hold it."""
-    if kind is str or get_origin(kind) is Literal:
+    if kind in (str, Mode) or get_origin(kind) is Literal:
         return text
     if get_origin(kind) is tuple and get_args(kind)[0] is str:
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if get_origin(kind) is tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        # What is no number, or an endless one, stays text: the conversion refuses it by name.
+        is_number = re.compile(r"[0-9]{1,18}\Z").match
+        return tuple(int(part) if is_number(part) else part for part in parts)
     try:
         return yaml.safe_load(text) if text.strip() else text
     except _YAML_ERRORS:
@@ -325,12 +455,13 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 def _decode(kind: type, value: Any) -> Any:
-    if kind is Seconds:
-        return Seconds.parse(value)
+    if kind in (Seconds, Mode):
+        return kind.parse(value)
     raise NotImplementedError(kind)
 
 
 _AT = re.compile(r" - at `\$\.?(.*)`\Z")
+_ELEMENT = re.compile(r"([a-z_.]+)\[(\d+)\]\Z")
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
 
@@ -347,8 +478,14 @@ def _explain(message: str, document: Any, source: str, origins: Mapping[str, str
         path, text = f"{path}.{named[1]}" if path else named[1], named[2]
     elif (kind := {key: kind for key, kind, _ in leaves()}.get(path)) is not None:
         text = _expectation(kind, text) + f", is {_shown(_value_at(document, path))}"
+    elif element := _ELEMENT.match(path):
+        text = _expectation(_element_kind(element[1]), text)
+        value = _value_at(document, element[1])
+        if isinstance(value, list | tuple):
+            text += f", is {_shown(value[int(element[2])])}"
     text = text.replace("Expected `object`", "expected keys below it").replace("`", "")
-    where = origins.get(path, f"{source}: {path}" if path else source)
+    where = origins.get(path) or origins.get(path.partition("[")[0])
+    where = where or (f"{source}: {path}" if path else source)
     return ConfigError(f"{where}: {text[:1].lower()}{text[1:]}")
 
 
@@ -357,11 +494,19 @@ def _expectation(kind: Any, text: str) -> str:
         return f"must be one of {', '.join(get_args(kind))}"
     if kind == Count:
         return "must be a whole number from 1 to 100000"
+    if kind == Uid:
+        return "must be a user's number (uid)"
     if kind is bool:
         return "must be true or false"
     if kind is str:
         return "must be a text"
     return text.split(", got")[0]
+
+
+def _element_kind(key: str) -> Any:
+    """Type of the elements of a key that holds a list."""
+    kind = next((kind for name, kind, _ in leaves() if name == key), None)
+    return get_args(kind)[0] if get_origin(kind) is tuple else None
 
 
 def _value_at(document: Any, path: str) -> Any:
@@ -372,7 +517,9 @@ def _value_at(document: Any, path: str) -> Any:
 
 def _drop_empty_sections(document: dict[str, Any]) -> None:
     """A section whose keys are all commented out reads as null: it is an empty section."""
-    for section in sorted({key.rpartition(".")[0] for key, _, _ in leaves()} - {""}):
+    sections = {key.rpartition(".")[0] for key, _, _ in leaves()} - {""}
+    mappings = {key for key, kind, _ in leaves() if get_origin(kind) is dict}
+    for section in sorted(sections | mappings):
         *above, name = section.split(".")
         into: Any = document
         for outer in above:

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from gpuglass import config
@@ -57,9 +58,17 @@ def _yaml(value: Any) -> str:
         return f"{float(value)!r}".removesuffix(".0") + "s"
     if isinstance(value, tuple):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_yaml(key)}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, msgspec.Struct):
+        return _yaml(msgspec.structs.asdict(value))
+    if value is None:
+        return "null"
+    if isinstance(value, float):
+        return str(yaml.safe_dump(value)).partition("\n")[0]  # 5e-05 without a point would be a text in YAML
     if isinstance(value, str):
         # Anything but plain ASCII is escaped, so that the text can be printed on any terminal.
-        return str(yaml.safe_dump(value, default_style='"', width=float("inf"))).strip()
+        return str(yaml.safe_dump(str(value), default_style='"', width=float("inf"))).strip()
     return f"{value}"
 
 

@@ -16,7 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpuglass import cli, config
-from gpuglass.config import Config, GpuConfig, Seconds, check_reload, leaves, load, value_of, variable
+from gpuglass.config import (
+    Config,
+    GpuConfig,
+    Mode,
+    Seconds,
+    TenantQuota,
+    check_reload,
+    leaves,
+    load,
+    value_of,
+    variable,
+)
 from gpuglass.config_command import show
 from gpuglass.errors import ConfigError
 
@@ -132,6 +143,9 @@ def test_what_is_no_duration(written: object) -> None:
         ("log.level", "debug", "debug"),
         ("kubernetes.resources", "nvidia.com/gpu, amd.com/gpu,", ("nvidia.com/gpu", "amd.com/gpu")),
         ("kubernetes.resources", "", ()),
+        ("engines.allow_uids", "1000, 0", (1000, 0)),
+        ("engines.directory_mode", "0750", "0750"),
+        ("engines.tenants.quotas", "{a: {kv_share: 0.5}}", {"a": TenantQuota(kv_share=0.5)}),
     ],
 )
 def test_variables_are_read_as_their_keys_want_it(key: str, text: str, value: object) -> None:
@@ -206,7 +220,20 @@ COUNT = "must be a whole number from 1 to 100000"
         ("gpu: [interval]", "gpu: expected keys below it, got array"),
         ("gpu: {process: 64}", "gpu.process: expected keys below it, got int"),
         ("kubernetes: {resources: nvidia.com/gpu}", "kubernetes.resources: expected array"),
-        ("kubernetes: {resources: [1]}", "kubernetes.resources[0]: expected str, got int"),
+        ("kubernetes: {resources: [1]}", "kubernetes.resources[0]: must be a text, is 1"),
+        ("engines: {allow_uids: [0, x]}", "engines.allow_uids[1]: must be a user's number (uid), is 'x'"),
+        ("engines: {allow_uids: [-1]}", "engines.allow_uids[0]: must be a user's number (uid), is -1"),
+        ("engines: {directory_mode: 0750}", 'engines.directory_mode: expected a mode in quotes'),
+        ('engines: {socket_mode: "0888"}', 'engines.socket_mode: expected a mode in quotes'),
+        ("engines: {socket: run/x}", "engines.socket: must be an absolute path, is 'run/x'"),
+        ("engines: {socket: /" + "x" * 107 + "}", "engines.socket: a socket's path has at most 107 bytes"),
+        ("engines: {limits: {senders: 5000}}", "engines.limits.senders: at most 4096, is 5000"),
+        ("engines: {tenants: {quotas: {a: {kv_share: 2}}}}", "engines.tenants.quotas[...].kv_share: "),
+        ("engines: {tenants: {quotas: {a: {kv_share: .nan}}}}", "engines.tenants.quotas[...].kv_share: "),
+        ("engines: {tenants: {quotas: {a: {gpu_seconds_per_day: -1}}}}", "engines.tenants.quotas[...].gpu_"),
+        ("engines: {tenants: {quotas: {'': {}}}}", "engines.tenants.quotas: a tenant's name has 1 to 64"),
+        ("engines: {tenants: {limit: 1, quotas: {a: {}, b: {}}}}", "engines.tenants.quotas: 2 tenants"),
+        ("engines: {tenants: {quotas: {a: {x: 1}}}}", "engines.tenants.quotas[...].x: no such key"),
         ("gpu: {interval: 1s, interval: 2s}", "line 1: interval is given twice"),
         ("gpu: {}\nlog: {}\ngpu: {}", "line 3: gpu is given twice"),
         ("gpu:\n  interval: 1s\n bad", "line 3: "),
@@ -252,6 +279,8 @@ def test_a_bad_file_is_refused_with_its_name_and_the_key(file: Path, text: str, 
         ("GPUGLASS_GPU_ENABLED", "maybe", "must be true or false, is 'maybe'"),
         ("GPUGLASS_GPU_PROCESS_LIMIT", "many", "must be a whole number from 1 to 100000, is 'many'"),
         ("GPUGLASS_GPU_PROCESS_LIMIT", "-1", "must be a whole number from 1 to 100000, is -1"),
+        ("GPUGLASS_ENGINES_ALLOW_UIDS", "1," + "9" * 5000, "must be a user's number (uid), is '999"),
+        ("GPUGLASS_ENGINES_TENANTS_QUOTAS", "a", "expected keys below it, is 'a'"),
         ("GPUGLASS_LOG_LEVEL", "INFO", "must be one of debug, info, warning, error, is 'INFO'"),
         ("GPUGLASS_GPU_INTERVALL", "1s", "no such setting; did you mean GPUGLASS_GPU_INTERVAL?"),
         ("GPUGLASS_XYZ", "1", "no such setting; `gpuglass config show` lists them"),
@@ -374,6 +403,8 @@ def test_keys_that_can_change_while_it_runs() -> None:
         ({"GPUGLASS_GPU_ENABLED": "false"}, "gpu.enabled"),
         ({"GPUGLASS_GPU_NVML_LIBRARY": "/x"}, "gpu.nvml_library"),
         ({"GPUGLASS_GPU_XID_EVENTS": "false"}, "gpu.xid_events"),
+        ({"GPUGLASS_ENGINES_SOCKET": "/x"}, "engines.socket"),
+        ({"GPUGLASS_ENGINES_OWNER": "x"}, "engines.owner"),
     ],
 )
 def test_keys_that_need_a_restart(environ: dict[str, str], key: str) -> None:
@@ -409,7 +440,17 @@ _BOUNDS = {
     "gpu.slow_interval": (60, 300),
     "gpu.hang_timeout": (0.5, 300),
     "gpu.retry_interval": (0.1, 3600),
+    "engines.experts.window": (10, 3600),
 }
+_QUOTAS = st.dictionaries(
+    st.text(st.characters(categories=("L", "N")), min_size=1, max_size=64),
+    st.builds(
+        TenantQuota,
+        gpu_seconds_per_day=st.none() | st.floats(0, 1e11),
+        kv_share=st.none() | st.floats(0, 1),
+    ),
+    max_size=1,
+)
 
 
 def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
@@ -417,14 +458,21 @@ def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
         return st.floats(*_BOUNDS[key]).map(Seconds)
     if kind is bool:
         return st.booleans()
+    if key == "engines.socket":
+        return st.sampled_from(["", "/run/a b/\u00e9.sock"])
     if kind is str:
         return st.text(st.characters())
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is tuple:
-        return st.lists(st.text(st.characters()), max_size=3).map(tuple)
+        of = st.integers(0, 2**32 - 2) if get_args(kind)[0] == config.Uid else st.text(st.characters())
+        return st.lists(of, max_size=3).map(tuple)
+    if kind is Mode:
+        return st.integers(0, 0o777).map(lambda bits: Mode(f"{bits:04o}"))
+    if get_origin(kind) is dict:
+        return _QUOTAS
     assert kind == config.Count, key
-    return st.integers(1, 100_000)
+    return st.integers(1, config.MAX_SENDERS if key == "engines.limits.senders" else 100_000)
 
 
 def _with(values: dict[str, Any]) -> Config:
