@@ -1,0 +1,506 @@
+"""Divide each step's time over the requests that ran in it. Pure: no engine, no device, no clock, no lock.
+
+In go the scheduler's outputs, one per step (`Ledger.observe`), and, later and in the same order, how long
+each step took (`Ledger.add`). Out come GPU time per request (absolute) and sums per tenant and for all steps
+(drained). What is put in comes out: requests + padding + unattributed + dummy = time of the steps, and
+tenants = requests.
+
+A batch that only decodes repeats for many steps, and its work grows by the same amount each time. Such a row
+of steps is one `Run`: a step adds two numbers to it, and only when the batch changes the run is divided over
+its requests. So the cost of a step does not depend on the number of requests, except where the batch changes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpuglass_vllm.identity import short_id
+from gpuglass_vllm.records import (
+    BATCH_REQUESTS,
+    NO_TENANT,
+    STEP_SECONDS,
+    GpuProgress,
+    StepSums,
+    TenantSums,
+)
+from gpuglass_vllm.work_model import BY_TOKENS, WorkModel
+
+MAX_REQUESTS = 16384
+"""Open requests that are told apart; the share of more goes to `unattributed_ns`."""
+
+MAX_ENDED = 8192
+"""Ended requests whose last value waits to be sent; of more, the oldest are forgotten (tenants keep their
+sums)."""
+
+IDS_PER_RECORD = 160
+"""Requests in one `GpuProgress`: with ids of full length it stays below `records.MAX_PACKET`."""
+
+OTHER_TENANTS = 4096
+"""Tenants that are told apart between two rounds of forgetting those without requests."""
+
+_STEP_BOUNDS_NS = tuple(bound * 1e9 for bound in STEP_SECONDS)
+
+
+class Run:
+    """A batch: one step, or a row of steps in which the same requests decode one token each.
+
+    In step k of a run, request i has weight `base[i]` + k × `slope`.
+    """
+
+    __slots__ = (
+        "base",
+        "base_sum",
+        "computed",
+        "computed_sum",
+        "decode_tokens",
+        "flops",
+        "flops_slope",
+        "ids",
+        "lost",
+        "pad_weight",
+        "prefill_sum",
+        "prefill_tokens",
+        "rate",
+        "rate_k",
+        "recompute",
+        "requests",
+        "single_tenant",
+        "slope",
+        "slots",
+        "steady",
+        "tokens",
+    )
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.slots: Any = None
+        self.base: Any = None
+        self.recompute: Any = None
+        self.computed: Any = None
+        self.slope = 0.0
+        self.base_sum = 0.0
+        self.prefill_sum = 0.0
+        self.lost = 0.0
+        self.pad_weight = 0.0
+        self.computed_sum = 0
+        self.requests = 0
+        self.tokens = 0
+        self.prefill_tokens = 0
+        self.decode_tokens = 0
+        self.flops = 0.0
+        self.flops_slope = 0.0
+        self.steady = False
+        self.single_tenant: str | None = None
+        self.rate = 0.0
+        self.rate_k = 0.0
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of a run, from scheduling until its time is known. `run` None: no request ran (a dummy)."""
+
+    run: Run | None
+    k: int = 0
+    padded: int = 0
+    """Tokens that were computed beside those of requests, to fill a captured batch."""
+    ended: tuple[int, ...] = ()
+    """Slots that are free once this step is divided."""
+    continues: bool = False
+    """Requests of the step before run on: a pause between the two is idleness."""
+
+
+@dataclass(slots=True)
+class _Totals:
+    steps: int = 0
+    attributed: float = 0.0
+    padding: float = 0.0
+    dummy: float = 0.0
+    unattributed: float = 0.0
+    idle: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    padded_tokens: int = 0
+    prefill: float = 0.0
+    flops: float = 0.0
+    request_steps: int = 0
+    seconds: list[int] = field(default_factory=lambda: [0] * (len(STEP_SECONDS) + 1))
+    requests: list[int] = field(default_factory=lambda: [0] * (len(BATCH_REQUESTS) + 1))
+
+
+class Ledger:
+    """GPU time by request and tenant on one rank. The caller serialises all calls."""
+
+    def __init__(self, model: WorkModel = BY_TOKENS, capacity: int = 512) -> None:
+        self.model = model
+        self._slot_of: dict[str, int] = {}
+        self._ids: list[str] = [""] * capacity
+        self._free = list(range(capacity - 1, -1, -1))
+        self._gpu = np.zeros(capacity)
+        self._recompute = np.zeros(capacity)
+        self._gpu_told = np.zeros(capacity)
+        self._recompute_told = np.zeros(capacity)
+        self._changed = np.zeros(capacity, dtype=bool)
+        self._high = np.zeros(capacity, dtype=np.int64)
+        self._lost_until = np.zeros(capacity, dtype=np.int64)
+        self._prefill_until = np.zeros(capacity, dtype=np.int64)
+        self._tenant = np.zeros(capacity, dtype=np.int64)
+        self._tenants: list[str] = [NO_TENANT]
+        self._tenant_index: dict[str, int] = {NO_TENANT: 0}
+        self._tenant_ns: dict[str, list[float]] = {}
+        self._ended: deque[tuple[str, float, float]] = deque(maxlen=MAX_ENDED)
+        self._observed: Run | None = None
+        self._k = 0
+        self._adding: Run | None = None
+        self._totals = _Totals()
+
+    # What the scheduler says
+
+    def observe(self, output: Any, tenant_of: Callable[[Any], str]) -> Step:
+        """The batch of a `SchedulerOutput` (by its fields; any object that has them will do)."""
+        cached = output.scheduled_cached_reqs
+        ids = cached.req_ids
+        run = self._observed
+        if (
+            run is not None
+            and run.steady
+            and output.total_num_scheduled_tokens == run.requests == len(ids)
+            and not output.scheduled_new_reqs
+            and not output.finished_req_ids
+            and ids == run.ids
+        ):
+            k = self._k + 1
+            if sum(cached.num_computed_tokens) == run.computed_sum + k * run.requests:
+                self._k = k
+                return Step(run, k, continues=True)
+        return self._changed_batch(output, tenant_of)
+
+    def _changed_batch(self, output: Any, tenant_of: Callable[[Any], str]) -> Step:
+        if self._observed is not None and self._observed.steady:
+            before = self._observed
+            self._high[before.slots] = before.computed + (self._k + 1)
+        self._observed = None
+        ended = []
+        for request_id in output.finished_req_ids:
+            slot = self._slot_of.pop(request_id, None)
+            if slot is not None:
+                ended.append(slot)
+        tokens_of = output.num_scheduled_tokens
+        cached = output.scheduled_cached_reqs
+        resumed = getattr(cached, "resumed_req_ids", None) or ()
+        ids: list[str] = []
+        computed: list[int] = []
+        for request in output.scheduled_new_reqs:
+            ids.append(request.req_id)
+            computed.append(request.num_computed_tokens)
+            self._admit(request, tenant_of)
+        for request_id in resumed:
+            slot = self._slot_of.get(request_id)
+            if slot is not None:
+                self._resume(slot)
+        ids += cached.req_ids
+        computed += cached.num_computed_tokens
+        step = Step(None, ended=tuple(ended), continues=bool(cached.req_ids))
+        if output.total_num_scheduled_tokens > 0 and ids:
+            step.run = self._run(ids, computed, tokens_of, not output.scheduled_new_reqs)
+            self._observed, self._k = step.run, 0
+        return step
+
+    def _run(self, ids: list[str], computed: list[int], tokens_of: dict[str, int], cached_only: bool) -> Run:
+        slot_of = self._slot_of
+        slots = np.array([slot_of.get(i, -1) for i in ids], dtype=np.int64)
+        tokens = np.array([tokens_of.get(i, 0) for i in ids], dtype=np.int64)
+        context = np.array(computed, dtype=np.int64)
+        known = slots >= 0
+        prefill = context < np.where(known, self._prefill_until[slots], 0)
+        recompute = np.clip(np.where(known, self._lost_until[slots], 0) - context, 0, tokens)
+        total = int(tokens.sum())
+        model = self.model
+        in_prefill, in_decode = model.prefill.token(total), model.decode.token(total)
+        # A token looks at what is before it and at itself: on average half of its own chunk.
+        looked_at = tokens * (context + (tokens + 1) * 0.5)
+        read = context + tokens
+        base = np.where(
+            prefill,
+            in_prefill * tokens
+            + model.prefill.per_token_context * looked_at
+            + model.prefill.per_context * read,
+            in_decode * tokens + model.decode.per_token_context * looked_at + model.decode.per_context * read,
+        )
+        run = Run()
+        run.ids = ids
+        run.requests = len(ids)
+        run.tokens = total
+        run.prefill_tokens = int(tokens[prefill].sum())
+        run.decode_tokens = total - run.prefill_tokens
+        run.prefill_sum = float(base[prefill & known].sum())
+        run.pad_weight = in_decode
+        flops = np.where(
+            prefill,
+            model.prefill.flops_per_token * tokens + model.prefill.flops_per_token_context * looked_at,
+            model.decode.flops_per_token * tokens + model.decode.flops_per_token_context * looked_at,
+        )
+        run.flops = float(flops.sum())
+        if not known.all():
+            run.lost = float(base[~known].sum())
+            slots, base, tokens = slots[known], base[known], tokens[known]
+            context, recompute = context[known], recompute[known]
+        run.slots, run.base, run.computed = slots, base, context
+        run.base_sum = float(base.sum()) + run.lost
+        if recompute.any():
+            run.recompute = recompute / np.maximum(tokens, 1)
+        tenants = self._tenant[slots]
+        if len(slots) and not run.lost and (tenants == tenants[0]).all():
+            run.single_tenant = self._tenants[int(tenants[0])]
+        self._high[slots] = context + np.where(prefill[known], tokens, np.minimum(tokens, 1))
+        decodes = total == run.requests and run.prefill_tokens == 0 and int(tokens.max(initial=0)) == 1
+        if cached_only and decodes and not run.lost and run.recompute is None:
+            run.steady = True
+            run.computed_sum = int(context.sum())
+            run.slope = model.decode.per_token_context + model.decode.per_context
+            run.flops_slope = model.decode.flops_per_token_context * run.requests
+        return run
+
+    def _admit(self, request: Any, tenant_of: Callable[[Any], str]) -> None:
+        known = (getattr(request, "prefill_token_ids", None), request.prompt_token_ids)
+        length = max((len(tokens) for tokens in known if tokens is not None), default=0)
+        embeds = getattr(request, "prompt_embeds", None)
+        if length == 0 and embeds is not None:
+            length = int(embeds.shape[0])
+        slot = self._slot_of.get(request.req_id)
+        if slot is not None:  # one way of resuming is to send the request again
+            self._resume(slot)
+            self._prefill_until[slot] = max(self._prefill_until[slot], length)
+            return
+        slot = self._take()
+        if slot is None:
+            return
+        self._slot_of[request.req_id] = slot
+        self._ids[slot] = request.req_id
+        self._prefill_until[slot] = length
+        params = request.sampling_params
+        if params is None:
+            params = getattr(request, "pooling_params", None)
+        self._tenant[slot] = self._tenant_number(tenant_of(params))
+
+    def _resume(self, slot: int) -> None:
+        lost = self._high[slot]
+        self._lost_until[slot] = max(self._lost_until[slot], lost)
+        self._prefill_until[slot] = max(self._prefill_until[slot], lost)
+
+    def _take(self) -> int | None:
+        if not self._free:
+            size = len(self._ids)
+            if size >= MAX_REQUESTS:
+                return None
+            self._ids += [""] * size
+            self._free = list(range(2 * size - 1, size - 1, -1))
+            for name in _ARRAYS:
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
+        return self._free.pop()
+
+    def _tenant_number(self, tenant: str) -> int:
+        number = self._tenant_index.get(tenant)
+        if number is None:
+            if len(self._tenants) >= OTHER_TENANTS:
+                self._forget_tenants()
+            number = self._tenant_index[tenant] = len(self._tenants)
+            self._tenants.append(tenant)
+        return number
+
+    def _forget_tenants(self) -> None:
+        """Number the tenants anew, leaving out those without an open request."""
+        self._fold_tenants()
+        open_slots = [slot for slot, request_id in enumerate(self._ids) if request_id]
+        names = {slot: self._tenants[self._tenant[slot]] for slot in open_slots}
+        self._tenants = [NO_TENANT, *sorted(set(names.values()) - {NO_TENANT})]
+        self._tenant_index = {name: number for number, name in enumerate(self._tenants)}
+        for slot, name in names.items():
+            self._tenant[slot] = self._tenant_index[name]
+
+    def tenants_of(self, ids: list[str]) -> list[str]:
+        """Tenant of each of some requests; `NO_TENANT` for unknown ones."""
+        slot_of, tenant, names = self._slot_of, self._tenant, self._tenants
+        return [names[tenant[slot]] if (slot := slot_of.get(i)) is not None else NO_TENANT for i in ids]
+
+    # What the clock says
+
+    def add(self, step: Step, busy_ns: float, idle_ns: float = 0.0, unattributed_ns: float = 0.0) -> None:
+        """A step took `busy_ns`. Before it, or before its forward pass, the stream was idle for `idle_ns`."""
+        totals = self._totals
+        run = step.run
+        if run is not self._adding:
+            self._settle()
+            self._adding = run
+        totals.steps += 1
+        totals.unattributed += unattributed_ns
+        totals.seconds[bisect_left(_STEP_BOUNDS_NS, busy_ns)] += 1
+        if run is None:
+            totals.dummy += busy_ns
+        else:
+            if step.continues:
+                totals.idle += idle_ns
+            k = step.k
+            weight = run.base_sum + k * run.slope * run.requests
+            padding = step.padded * run.pad_weight
+            rate = busy_ns / (weight + padding) if weight > 0 else 0.0
+            run.rate += rate
+            run.rate_k += k * rate
+            lost = run.lost * rate if weight > 0 else busy_ns
+            padding_ns = padding * rate
+            totals.padding += padding_ns
+            totals.unattributed += lost
+            totals.attributed += busy_ns - padding_ns - lost
+            totals.prefill += run.prefill_sum * rate
+            totals.prefill_tokens += run.prefill_tokens
+            totals.decode_tokens += run.decode_tokens
+            totals.padded_tokens += step.padded
+            totals.flops += run.flops + k * run.flops_slope
+            totals.request_steps += run.requests
+            totals.requests[bisect_left(BATCH_REQUESTS, run.requests)] += 1
+        if step.ended:
+            self.end(step)
+
+    def end(self, step: Step) -> None:
+        """Forget the requests that ended before this step; for steps that took no time at all."""
+        for slot in step.ended:
+            self._settle_if(slot)
+            request_id = self._ids[slot]
+            self._fold(slot)
+            self._ended.append((request_id, float(self._gpu[slot]), float(self._recompute[slot])))
+            self._ids[slot] = ""
+            for name in _ARRAYS:
+                getattr(self, name)[slot] = 0
+            self._free.append(slot)
+
+    def _settle_if(self, slot: int) -> None:
+        if self._adding is not None and slot in self._adding.slots:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Divide the time of the run that is being added to over its requests."""
+        run = self._adding
+        if run is None or run.rate == 0.0:
+            return
+        share = run.base * run.rate
+        if run.rate_k:
+            share += run.slope * run.rate_k
+        self._gpu[run.slots] += share
+        if run.recompute is not None:
+            self._recompute[run.slots] += share * run.recompute
+        self._changed[run.slots] = True
+        run.rate = run.rate_k = 0.0
+
+    # What is told
+
+    def progress(self, at: int, everything: bool) -> list[GpuProgress]:
+        """GPU time of the requests that it changed for since the last call (or of all open ones)."""
+        self._settle()
+        if everything:
+            self._changed[
+                [slot for slot, request_id in enumerate(self._ids) if request_id and self._gpu[slot]]
+            ] = True
+        slots = np.flatnonzero(self._changed)
+        self._changed[slots] = False
+        gpu, recompute = self._gpu[slots].tolist(), self._recompute[slots].tolist()
+        ids = [short_id(self._ids[slot]) for slot in slots]
+        ended = [short_id(request_id) for request_id, _, _ in self._ended]
+        for (_, gpu_ns, recompute_ns), request_id in zip(self._ended, ended, strict=True):
+            ids.append(request_id)
+            gpu.append(gpu_ns)
+            recompute.append(recompute_ns)
+        self._ended.clear()
+        result = []
+        for start in range(0, len(ids), IDS_PER_RECORD):
+            part = slice(start, start + IDS_PER_RECORD)
+            here = set(ids[part])
+            result.append(
+                GpuProgress(
+                    at=at,
+                    request_ids=ids[part],
+                    gpu_ns=gpu[part],
+                    recompute_ns=recompute[part] if any(recompute[part]) else [],
+                    ended=[request_id for request_id in ended if request_id in here],
+                )
+            )
+        return result
+
+    def sums(self, clock: str) -> list[StepSums | TenantSums]:
+        """What was added since the last call; each increase is given exactly once."""
+        self._settle()
+        self._fold_tenants()
+        result: list[StepSums | TenantSums] = [
+            TenantSums(tenant=tenant, gpu_ns=gpu_ns, recompute_ns=recompute_ns)
+            for tenant, (gpu_ns, recompute_ns) in self._tenant_ns.items()
+        ]
+        self._tenant_ns = {}
+        totals = self._totals
+        if totals.steps or totals.unattributed:
+            result.append(
+                StepSums(
+                    clock=clock,
+                    steps=totals.steps,
+                    attributed_ns=totals.attributed,
+                    padding_ns=totals.padding,
+                    dummy_ns=totals.dummy,
+                    unattributed_ns=totals.unattributed,
+                    idle_ns=totals.idle,
+                    prefill_tokens=totals.prefill_tokens,
+                    decode_tokens=totals.decode_tokens,
+                    padded_tokens=totals.padded_tokens,
+                    prefill_ns=totals.prefill,
+                    flops=totals.flops,
+                    seconds=totals.seconds,
+                    requests=totals.requests,
+                    request_steps=totals.request_steps,
+                )
+            )
+            self._totals = _Totals()
+        return result
+
+    def _fold_tenants(self) -> None:
+        """Move what requests gained into their tenants' sums."""
+        gained = self._gpu - self._gpu_told
+        slots = np.flatnonzero(gained)
+        if not len(slots):
+            return
+        again = self._recompute[slots] - self._recompute_told[slots]
+        numbers = self._tenant[slots]
+        by_tenant = np.bincount(numbers, weights=gained[slots])
+        again_by_tenant = np.bincount(numbers, weights=again)
+        for number in np.flatnonzero(by_tenant):
+            self._tenant_add(self._tenants[number], float(by_tenant[number]), float(again_by_tenant[number]))
+        self._gpu_told[slots] = self._gpu[slots]
+        self._recompute_told[slots] = self._recompute[slots]
+
+    def _fold(self, slot: int) -> None:
+        gained = float(self._gpu[slot] - self._gpu_told[slot])
+        if gained:
+            again = float(self._recompute[slot] - self._recompute_told[slot])
+            self._tenant_add(self._tenants[self._tenant[slot]], gained, again)
+
+    def _tenant_add(self, tenant: str, gpu_ns: float, recompute_ns: float) -> None:
+        if tenant not in self._tenant_ns and len(self._tenant_ns) >= OTHER_TENANTS:
+            tenant = "other"
+        total = self._tenant_ns.setdefault(tenant, [0.0, 0.0])
+        total[0] += gpu_ns
+        total[1] += recompute_ns
+
+
+_ARRAYS = (
+    "_gpu",
+    "_recompute",
+    "_gpu_told",
+    "_recompute_told",
+    "_changed",
+    "_high",
+    "_lost_until",
+    "_prefill_until",
+    "_tenant",
+)

@@ -1,0 +1,579 @@
+"""The worker's role: GPU time per request, expert choices, the allocator, and the batch of an out-of-memory.
+
+`install` hooks vLLM where a worker gets its device. From then on the worker's own methods are observed:
+`execute_model` and `sample_tokens` enclose a step, `execute_dummy_batch` one without requests, and
+`compile_or_warm_up_model` ends before anything is recorded. What a step was is taken from the scheduler's
+output that the worker gets, so nothing is matched with other processes. `WorkerSource` hands the results to
+the link.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gpuglass_vllm import allocator, hooks, identity, marks, records, settings
+from gpuglass_vllm.attribution import Ledger, Step
+from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Experts, HostCounts, Layout, Routing
+from gpuglass_vllm.gpu_clock import EventClock, WallClock
+from gpuglass_vllm.link import Link
+from gpuglass_vllm.work_model import BY_TOKENS, UNKNOWN, WorkModel, device_by_name, fit
+
+logger = logging.getLogger("gpuglass_vllm")
+
+ROLE = "worker"
+STEPS = hooks.table.hook("worker.steps")
+"""GPU time per request."""
+EXPERTS = hooks.table.hook("worker.experts")
+ALLOCATOR = hooks.table.hook("worker.allocator")
+OUT_OF_MEMORY = hooks.table.hook("worker.out_of_memory")
+PADDING = hooks.table.hook("worker.padding")
+WORK_MODEL = hooks.table.hook("worker.work_model")
+"""Whether time is split by the engine's own model of work, or by tokens."""
+
+ALLOCATOR_INTERVAL = 5.0
+"""Seconds between statistics of the allocator."""
+
+_PROBE = "_gpuglass_probe"
+_HELD = "_gpuglass_held"
+
+
+def install() -> None:
+    """Hook the worker of this process, whichever class it will be. Does nothing a second time."""
+    try:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+    except ImportError as error:
+        STEPS.unavailable(f"this version has no worker wrapper: {error}")
+        return
+    if STEPS.activate():
+        hooks.wrap(WorkerWrapperBase, "init_device", STEPS, before=_attach)
+
+
+def _attach(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The worker exists and is about to get its device: observe its class."""
+    worker = wrapper.worker
+    EXPERTS.activate()
+    if getattr(worker, _PROBE, None) is None:
+        setattr(worker, _PROBE, Probe(worker))
+        _wrap_methods(type(worker))
+
+
+def _guarded(hook: hooks.Hook, function: Callable[..., Any], *args: Any) -> Any:
+    """Like `Hook.run`, where the time already counts for another hook or is not the engine's."""
+    if not hook.on:
+        return None
+    try:
+        hook.check()
+        return function(*args)
+    except Exception as error:
+        hook.failed(error)
+        return None
+
+
+def _defining(cls: type, name: str) -> type:
+    """The class that a method of `cls` comes from; `cls` itself if there is none."""
+    return next((base for base in cls.__mro__ if name in vars(base)), cls)
+
+
+def _wrap_methods(cls: type) -> None:
+    def on(name: str, hook: hooks.Hook, **calls: Any) -> None:
+        hooks.wrap(_defining(cls, name), name, hook, **calls)
+
+    def call(method: str) -> Callable[..., Any]:
+        def forwarded(worker: Any, *args: Any) -> Any:
+            probe = getattr(worker, _PROBE, None)
+            return getattr(probe, method)(*args) if probe is not None else None
+
+        return forwarded
+
+    on("compile_or_warm_up_model", EXPERTS, before=call("bind_experts"))
+    on("compile_or_warm_up_model", STEPS, before=call("warm_up"), after=call("start"))
+    on("execute_model", OUT_OF_MEMORY, on_error=call("failed"))
+    on("sample_tokens", OUT_OF_MEMORY, on_error=call("sampling_failed"))
+    on("execute_model", STEPS, before=call("execute"), after=call("executed"), on_error=call("cancel"))
+    on("sample_tokens", STEPS, before=call("sample"), after=call("sampled"), on_error=call("cancel"))
+    on("execute_dummy_batch", STEPS, before=call("dummy"), after=call("sampled"), on_error=call("cancel"))
+
+
+class Probe:
+    """What is known about one worker. Methods up to `sampled` run on the engine's thread."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self.live = False
+        self.link: Link | None = None
+        self.clock: EventClock[Step] | WallClock[Step] = WallClock()
+        self.ledger = Ledger()
+        self.lock = threading.Lock()
+        """Guards clock and ledger; held for microseconds."""
+        self.experts: Experts | None = None
+        self.layout: Layout | None = None
+        self.expert_ranks = 1
+        self.expert_placement = "linear"
+        self.on_cuda = False
+        self.uuid = ""
+        self.device_name = ""
+        self.peak_flops = 0.0
+        self._step: Step | None = None
+        self._output: Any = None
+        self._chosen = False
+        self._carried: tuple[int, ...] = ()
+
+    # Start
+
+    def warm_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The engine compiles and captures: nothing that runs now is recorded."""
+        self.live = False
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+        """The engine is ready to serve: tell who we are, and record from now on."""
+        if self.link is None:
+            self._describe_device()
+            model = self._work_model()
+            self.clock = self._new_clock()
+            self.ledger = Ledger(model)
+            for hook in (OUT_OF_MEMORY, PADDING):
+                hook.activate()
+            if self.on_cuda:
+                ALLOCATOR.activate()
+            else:
+                ALLOCATOR.unavailable("the engine runs on a CPU")
+            if self.on_cuda:
+                _watch_replays(self)
+            self.link = Link(ROLE, WorkerSource(self))
+            self.link.start()
+        self.live = True
+
+    def _describe_device(self) -> None:
+        import torch
+
+        device = getattr(self.worker, "device", None)
+        self.on_cuda = getattr(device, "type", "") == "cuda"
+        config = self.worker.vllm_config
+        if self.on_cuda:
+            properties = torch.cuda.get_device_properties(device)
+            self.device_name = properties.name
+            uuid = str(getattr(properties, "uuid", ""))
+            self.uuid = uuid if not uuid or uuid.startswith("GPU-") else f"GPU-{uuid}"
+        else:
+            self.device_name = getattr(device, "type", "cpu") or "cpu"
+        known = device_by_name(self.device_name)
+        if known is not None:
+            self.peak_flops = known.flops8 if _is_8_bits(config) else known.flops
+
+    def _new_clock(self) -> EventClock[Step] | WallClock[Step]:
+        if not self.on_cuda:
+            return WallClock()
+        import torch
+
+        try:
+            return EventClock(lambda: torch.cuda.Event(enable_timing=True))
+        except Exception as error:
+            logger.warning("steps are timed by the host's clock, CUDA events cannot be had: %r", error)
+            return WallClock()
+
+    def _work_model(self) -> WorkModel:
+        WORK_MODEL.activate()
+        try:
+            config = self.worker.vllm_config
+            known = device_by_name(self.device_name)
+            model = fit(_VllmAnalytic(config), known or UNKNOWN, _is_8_bits(config))
+        except Exception as error:
+            WORK_MODEL.unavailable(f"split by tokens: {type(error).__name__}: {error}"[:200])
+            return BY_TOKENS
+        return model
+
+    def bind_experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is loaded and its graphs are not captured yet: look into its routers."""
+        if self.experts is not None:
+            return
+        every = settings.current().experts_every
+        if every == 0:
+            EXPERTS.unavailable("GPUGLASS_EXPERTS_EVERY is 0")
+            return
+        try:
+            found = find_routers(self.worker)
+        except Exception as error:
+            found = f"the model's layers are built otherwise: {error!r}"[:200]
+        if isinstance(found, str):
+            EXPERTS.unavailable(found)
+            return
+        layout, routers = found
+        config = self.worker.vllm_config
+        cuda = getattr(self.worker.device, "type", "") == "cuda"
+        if cuda:
+            from gpuglass_vllm.expert_kernel import DeviceCounts
+
+            limit = int(config.scheduler_config.max_num_batched_tokens)
+            device_counts = DeviceCounts(layout, limit, self.worker.device)
+            device_counts.warm_up()
+            routing = Routing(layout)
+            self.experts = Experts(routing, device_counts, EVERY_CUDA if every < 0 else every)
+            _watch_graphs(self)
+        else:
+            routing = Routing(layout)
+            self.experts = Experts(routing, HostCounts(layout), EVERY_CPU if every < 0 else every)
+        for index, router in enumerate(routers):
+            router.set_capture_fn(routing.capture_fn(index, router.capture_fn))
+        self.layout = layout
+        parallel = config.parallel_config
+        if getattr(parallel, "enable_expert_parallel", False):
+            self.expert_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        placement = str(getattr(parallel, "expert_placement_strategy", "linear"))
+        self.expert_placement = "unknown" if getattr(parallel, "enable_eplb", False) else placement
+
+    # Steps
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A step begins."""
+        if not self.live:
+            return
+        output = args[0] if args else kwargs["scheduler_output"]
+        with self.lock:
+            self.clock.poll(self._deliver)
+            step = self.ledger.observe(output, marks.tenant_of)
+            if self._carried:
+                step.ended += self._carried
+                self._carried = ()
+            if step.run is None:  # nothing to compute, at most requests that ended
+                self._carried = step.ended
+                return
+            if not self.clock.begin(step):
+                self._untimed(step)
+        self._step, self._output = step, output
+        experts = self.experts
+        self._chosen = experts is not None and EXPERTS.on and experts.begin()
+
+    def forward(self) -> None:
+        """The first captured graph of a step is about to be replayed."""
+        if self._step is not None:
+            self.clock.forward()
+
+    def executed(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+        """The forward pass is queued; sampling follows unless there is a result already."""
+        step, output = self._step, self._output
+        if step is None or step.run is None:
+            return
+        _guarded(PADDING, self._see_padding, step)
+        if self.experts is not None:
+            _guarded(EXPERTS, self._count_experts, step, output)
+        if result is None:
+            self.clock.pause()
+        else:
+            self.sampled(args, kwargs, result, token)
+
+    def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sampling begins."""
+        if self._step is not None:
+            self.clock.resume()
+
+    def dummy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A step without requests begins: others of a data-parallel group have some."""
+        if not self.live:
+            return
+        step = Step(None, ended=self._carried)
+        self._carried = ()
+        with self.lock:
+            self.clock.poll(self._deliver)
+            if not self.clock.begin(step):
+                self._untimed(step)
+        self._step = step
+
+    def sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+        """All of the step is queued."""
+        if self._step is not None:
+            self._step = self._output = None
+            with self.lock:
+                self.clock.end()
+
+    def cancel(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
+        """The engine failed in this step."""
+        step, self._step, self._output = self._step, None, None
+        with self.lock:
+            self.clock.cancel()
+        if step is not None:
+            self._carried += step.ended
+        if self.experts is not None:
+            self.experts.routing.drop()
+
+    def failed(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
+        """`execute_model` raised: if memory ran out, tell which batch it was."""
+        self._tell_out_of_memory(error, args[0] if args else kwargs.get("scheduler_output"))
+
+    def sampling_failed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any
+    ) -> None:
+        """`sample_tokens` raised."""
+        self._tell_out_of_memory(error, self._output)
+
+    def _tell_out_of_memory(self, error: BaseException, output: Any) -> None:
+        import torch
+
+        if self.link is None or output is None or not isinstance(error, torch.OutOfMemoryError):
+            return
+        tokens_of = {
+            identity.short_id(request_id): tokens
+            for request_id, tokens in list(output.num_scheduled_tokens.items())
+        }
+        self.link.event(allocator.out_of_memory(error, tokens_of, time.monotonic_ns()))
+
+    def _see_padding(self, step: Step) -> None:
+        state = getattr(self.worker.model_runner, "execute_model_state", None)
+        run = step.run
+        if state is None or run is None:
+            return
+        batch = getattr(state, "input_batch", None)
+        if batch is not None:
+            rows = batch.num_tokens_after_padding
+        else:
+            hidden = getattr(state, "hidden_states", None)
+            rows = hidden.shape[0] if hidden is not None else run.tokens
+        step.padded = max(0, rows - run.tokens)
+
+    def _count_experts(self, step: Step, output: Any) -> None:
+        run, experts = step.run, self.experts
+        if run is None or experts is None:
+            return
+
+        def spans() -> list[tuple[str, int]]:
+            ids = batch_order(self.worker.model_runner, run.requests)
+            tokens_of = output.num_scheduled_tokens
+            with self.lock:
+                tenants = self.ledger.tenants_of(ids)
+            return [(tenant, tokens_of.get(i, 0)) for tenant, i in zip(tenants, ids, strict=True)]
+
+        experts.finish(run.tokens, self._chosen, run.single_tenant, spans)
+
+    def _deliver(self, step: Step, busy_ns: float, idle_ns: float, unattributed_ns: float) -> None:
+        self.ledger.add(step, busy_ns, idle_ns, unattributed_ns)
+
+    def _untimed(self, step: Step) -> None:
+        self._carried += step.ended
+        step.ended = ()
+
+    def drain_clock(self) -> None:
+        """On the link's thread: take in steps that the device has passed while no new step began."""
+        while True:
+            with self.lock:
+                if not self.clock.poll(self._deliver, 2):
+                    if self._carried and not len(self.clock) and self._step is None:
+                        self.ledger.end(Step(None, ended=self._carried))
+                        self._carried = ()
+                    return
+            time.sleep(0)
+
+
+class WorkerSource:
+    """What the link asks for."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._next_allocator = 0.0
+
+    def hello(self) -> dict[str, Any]:
+        """Who this worker is."""
+        probe = self._probe
+        fields = identity.of(probe.worker.vllm_config)
+        fields.update(
+            rank=int(getattr(probe.worker, "rank", 0)),
+            gpu_uuid=probe.uuid,
+            device_name=probe.device_name[:64],
+            peak_flops=probe.peak_flops,
+        )
+        if probe.layout is not None and probe.experts is not None:
+            fields["experts"] = records.Experts(
+                layers=list(probe.layout.layers),
+                experts=probe.layout.experts,
+                top_k=probe.layout.top_k,
+                every=probe.experts.every,
+                ranks=probe.expert_ranks,
+                placement=probe.expert_placement,
+            )
+        return fields
+
+    def states(self, everything: bool) -> Iterable[records.Record]:
+        """GPU time of requests, and now and then the allocator's statistics."""
+        probe = self._probe
+        at = time.monotonic_ns()
+        result: list[records.Record] = []
+        _guarded(STEPS, probe.drain_clock)
+        with probe.lock:
+            result += probe.ledger.progress(at, everything)
+        now = time.monotonic()
+        if ALLOCATOR.on and (everything or now >= self._next_allocator):
+            self._next_allocator = now + ALLOCATOR_INTERVAL
+            state = _guarded(ALLOCATOR, self._allocator_state, at)
+            if state is not None:
+                result.append(state)
+        return result
+
+    def sums(self) -> Iterable[records.Record]:
+        """Time of tenants and steps, and expert counts when it is time for them."""
+        probe = self._probe
+        _guarded(STEPS, probe.drain_clock)
+        with probe.lock:
+            result: list[records.Record] = list(probe.ledger.sums(probe.clock.kind))
+        if probe.experts is not None and EXPERTS.on:
+            drained = _guarded(EXPERTS, probe.experts.drain, time.monotonic_ns())
+            if drained is not None:
+                sums, hot = drained
+                result += sums
+                if hot is not None and probe.link is not None:
+                    probe.link.event(hot)
+        return result
+
+    def _allocator_state(self, at: int) -> records.AllocatorState:
+        import torch
+
+        return allocator.state(torch.cuda.memory.memory_stats_as_nested_dict(self._probe.worker.device), at)
+
+
+# What is read from vLLM
+
+
+def find_routers(worker: Any) -> tuple[Layout, list[Any]] | str:
+    """The routers of the model's expert layers in order, or why they cannot be observed."""
+    try:
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+    except ImportError as error:
+        return f"this version's expert layers are built otherwise: {error}"
+    model = worker.model_runner.model
+    if re.search(r"deepseek_?v41", type(model).__module__ + type(model).__name__, re.IGNORECASE):
+        return "observing the routing would switch off this model's fused decode path"
+    runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+    if not runners:
+        return "the model has no expert layers"
+    config = worker.vllm_config
+    parallel = config.parallel_config
+    if worker.rank % max(1, parallel.tensor_parallel_size) != 0:
+        return "counted on the first rank of the tensor-parallel group"
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        return "prefill context parallelism spreads the tokens over ranks"
+    if getattr(parallel, "use_ubatching", False):
+        return "micro-batches split the step"
+    cuda = getattr(worker.device, "type", "") == "cuda"
+    if not cuda and int(getattr(config.compilation_config, "mode", 0) or 0) != 0:
+        return "on a CPU the compiler would see the observation: start the engine with --enforce-eager"
+    routers = []
+    layers = []
+    shape: tuple[int, int] | None = None
+    for runner in runners:
+        reason = _why_not(runner, BaseRouter)
+        if reason:
+            return reason
+        router = runner.router
+        here = (int(router.global_num_experts), int(router.top_k))
+        logical = getattr(getattr(runner, "moe_config", None), "num_logical_experts", None)
+        if isinstance(logical, int) and logical > 0:
+            here = (logical, here[1])
+        if shape is not None and here != shape:
+            return "layers differ in their number of experts"
+        shape = here
+        routers.append(router)
+        layers.append(int(runner.layer_id))
+    if shape is None:
+        return "the model has no expert layers"
+    order = sorted(range(len(layers)), key=lambda index: layers[index])
+    layout = Layout(tuple(layers[index] for index in order), *shape)
+    return layout, [routers[index] for index in order]
+
+
+def _why_not(runner: Any, base_router: type) -> str:
+    """Why the routing of one expert layer cannot be seen; empty if it can."""
+    if getattr(runner, "is_monolithic", False):
+        return "a monolithic kernel routes inside itself"
+    if not isinstance(runner.router, base_router) or not hasattr(runner.router, "capture_fn"):
+        return f"{type(runner.router).__name__} cannot be observed"
+    if getattr(runner, "do_naive_dispatch_combine", False):
+        return "tokens of all data-parallel ranks are gathered before routing"
+    if getattr(getattr(runner, "moe_config", None), "is_sequence_parallel", False):
+        return "sequence parallelism spreads the tokens over ranks"
+    return ""
+
+
+def batch_order(runner: Any, requests: int) -> list[str]:
+    """Request ids in the order in which their tokens lie in the batch that was just run."""
+    state = getattr(runner, "execute_model_state", None)
+    batch = getattr(state, "input_batch", None)
+    if batch is None:
+        batch = runner.input_batch
+    return list(batch.req_ids[:requests])
+
+
+def _is_8_bits(config: Any) -> bool:
+    name = str(getattr(config.model_config, "quantization", None) or "").lower()
+    return "fp8" in name or "int8" in name or "w8a8" in name
+
+
+class _VllmAnalytic:
+    """vLLM's own model of its work, on one rank."""
+
+    def __init__(self, config: Any) -> None:
+        from vllm.v1.metrics.perf import ExecutionContext, ModelMetrics
+
+        self._metrics = ModelMetrics(config)
+        if not self._metrics.is_enabled():
+            raise ValueError("vLLM has no model of this architecture")
+        self._context = ExecutionContext.from_single_request
+
+    def flops(self, tokens: int, context: int, prefill: bool) -> float:
+        return float(self._metrics.get_num_flops(self._context(tokens, context, prefill)))
+
+    def bytes(self, tokens: int, context: int, prefill: bool) -> float:
+        batch = self._context(tokens, context, prefill)
+        return float(self._metrics.get_read_bytes(batch) + self._metrics.get_write_bytes(batch))
+
+
+# Captured graphs
+
+_probe_of_graphs: Probe | None = None
+"""The process's worker; graphs do not know theirs."""
+
+
+def _watch_replays(probe: Probe) -> None:
+    """A step's first captured graph tells where its forward pass begins."""
+    import torch
+
+    global _probe_of_graphs
+    _probe_of_graphs = probe
+
+    def replay(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current = _probe_of_graphs
+        if current is not None:
+            current.forward()
+
+    hooks.wrap(torch.cuda.CUDAGraph, "replay", STEPS, before=replay)
+
+
+def _watch_graphs(probe: Probe) -> None:
+    """Let captured graphs keep their layers' choices, and bring them into the step that replays them."""
+    import torch
+
+    global _probe_of_graphs
+    _probe_of_graphs = probe
+
+    def routing() -> Routing | None:
+        current = _probe_of_graphs
+        return current.experts.routing if current is not None and current.experts is not None else None
+
+    def begin(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (current := routing()) is not None:
+            setattr(graph, _HELD, current.capture_begin())
+
+    def end(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (current := routing()) is not None:
+            current.capture_end()
+
+    def replay(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        held = getattr(graph, _HELD, None)
+        if held is not None and (current := routing()) is not None:
+            current.replayed(held)
+
+    hooks.wrap(torch.cuda.CUDAGraph, "capture_begin", EXPERTS, before=begin)
+    hooks.wrap(torch.cuda.CUDAGraph, "capture_end", EXPERTS, before=end)
+    hooks.wrap(torch.cuda.CUDAGraph, "replay", EXPERTS, before=replay)
