@@ -171,10 +171,23 @@ class Link:
                 try:
                     self._flush()
                 except Exception as error:
-                    self.send_errors += 1
-                    if self.send_errors <= 3:
-                        logger.warning("sending %s records failed: %r", self.role, error, exc_info=error)
+                    self._failed(error)
                     self._disconnect()
+
+    def _failed(self, error: Exception) -> None:
+        self.send_errors += 1
+        if self.send_errors <= 3:
+            logger.warning("sending %s records failed: %r", self.role, error, exc_info=error)
+
+    def _gather(self, items: Iterable[records.Record]) -> list[records.Record]:
+        """What a source says, up to where it fails: what it has handed out already must not be lost."""
+        gathered = []
+        try:
+            for item in items:
+                gathered.append(item)
+        except Exception as error:
+            self._failed(error)
+        return gathered
 
     def _flush(self) -> None:
         if self._socket is None and not self._connect():
@@ -250,7 +263,7 @@ class Link:
 
     def _send_states(self, everything: bool) -> bool:
         now = time.monotonic()
-        states = list(self._source.states(everything))
+        states = self._gather(self._source.states(everything))
         if everything or now >= self._next_state:
             self._next_state = now + STATE_INTERVAL
             states.append(
@@ -270,7 +283,7 @@ class Link:
         if self._socket is None:
             return
         if not self._unacknowledged:
-            for group in pack(self._source.sums(), self._encoder):
+            for group in pack(self._gather(self._source.sums()), self._encoder):
                 self._seq += 1
                 packet = self._encoder.encode(records.Packet(self._seq, group))
                 self._unacknowledged.append((self._seq, packet))
