@@ -42,7 +42,7 @@ def test_weight(blocks: list[Block], weight: float) -> None:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_holders_add_up_to_the_blocks_in_use(data: st.DataObject) -> None:
-    """Requests that share beginnings of several lengths: all weights together are the blocks held by anyone."""
+    """Requests that share beginnings of several lengths: all weights are the blocks held by anyone."""
     serial = 0
     prefixes: list[list[Block]] = [[]]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -81,6 +81,6 @@ def test_a_long_list_is_not_walked() -> None:
             looks += 1
             return super().__getitem__(index)  # type: ignore[index]
 
-    blocks = Counting([Block(1, 2)] + own(65_535, 2))
+    blocks = Counting([Block(1, 2), *own(65_535, 2)])
     assert kv.weight(blocks, {}) == 65_535.5
     assert looks < 60
