@@ -11,9 +11,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from gpuglass import catalog
-from gpuglass.families import gpu
+from gpuglass.families import engine, gpu
 from gpuglass.family import Batch, CatalogError, Family, Histogram, Kind, Owner, Tier
 from gpuglass.store import Store, negotiate
+from gpuglass_vllm import records
 from tests.support.prometheus import promtool_check_metrics
 
 FAMILIES = [pytest.param(family, id=family.name) for family in catalog.BY_NAME.values()]
@@ -82,7 +83,28 @@ def of_the_node(family: Family) -> bool:
 def test_what_is_of_a_gpu_starts_with_device_and_gpu_uuid_and_nothing_else_has_them(family: Family) -> None:
     of_a_gpu = family in vars(gpu).values() and not of_the_node(family)
     assert (family.labels[:2] == ("device", "gpu_uuid")) == of_a_gpu
-    assert ("device" in family.labels or "gpu_uuid" in family.labels) == of_a_gpu
+    assert ("device" in family.labels) == of_a_gpu
+    assert ("gpu_uuid" in family.labels) == of_a_gpu or of_a_worker(family)
+
+
+def of_a_worker(family: Family) -> bool:
+    return family.labels[: len(engine.WORKER)] == engine.WORKER
+
+
+@every_family
+def test_what_is_of_an_engine_starts_with_its_labels_and_a_workers_go_on_with_rank_and_card(
+    family: Family,
+) -> None:
+    ours = family in vars(engine).values() and "model_name" in family.labels
+    assert ("model_name" in family.labels) == (family.labels[: len(engine.ENGINE)] == engine.ENGINE)
+    assert ("rank" in family.labels) == of_a_worker(family)
+    assert not of_a_worker(family) or ours
+
+
+def test_buckets_of_sums_are_those_of_the_record_stream() -> None:
+    assert engine.STEP.buckets == records.STEP_SECONDS
+    assert engine.BATCH.buckets == records.BATCH_REQUESTS
+    assert engine.KV_EVICT.buckets == records.EVICT_SECONDS
 
 
 @every_family

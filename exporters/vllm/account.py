@@ -1,0 +1,128 @@
+"""The account of one engine: everything that is exported of it and must outlive its processes.
+
+An account belongs to a set of label values, not to a process: an engine that is started again goes on in the
+account of the one before, so its counters neither start again nor lose what was not scraped yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from prometheus_client.samples import Exemplar
+
+from exporters.vllm.experts import ExpertLoad
+from exporters.vllm.histograms import Observed
+from exporters.vllm.steps import WorkerTotals
+from exporters.vllm.tenants import TenantTotals
+from gpuglass.families import engine as families
+from gpuglass.family import Family
+from gpuglass_vllm.records import PREEMPTION_CAUSES
+
+MAX_WORKERS = 1024
+"""Ranks of an engine that are told apart."""
+UNTRACKED = ("limit", "expired", "lost")
+"""Why a request is missing in the histograms of requests."""
+
+
+class Labels(NamedTuple):
+    """Label values of an engine, in the order of `families.ENGINE`."""
+
+    model_name: str
+    engine: str
+    server: str
+    namespace: str
+    pod: str
+    container: str
+
+
+class Kind(NamedTuple):
+    """How a request ended: the labels by which requests are told apart."""
+
+    outcome: str
+    error_type: str
+    preempted: bool
+
+
+class Hogging:
+    """Time that single requests of a tenant held a large part of the pool."""
+
+    __slots__ = ("exemplar", "ns")
+
+    def __init__(self) -> None:
+        self.ns = 0
+        self.exemplar: Exemplar | None = None
+
+
+class Account:
+    """Totals of one engine since the agent started."""
+
+    __slots__ = (
+        "evictions",
+        "experts",
+        "had_core",
+        "hogging",
+        "idle_since",
+        "labels",
+        "peaks",
+        "preemption_exemplars",
+        "preemptions",
+        "requests",
+        "tenants",
+        "untracked",
+        "wasted_ns",
+        "workers",
+    )
+
+    def __init__(self, labels: Labels, experts: ExpertLoad) -> None:
+        self.labels = labels
+        self.experts = experts
+        self.had_core = False
+        self.idle_since: int | None = None
+        """When its last process went; None while one is connected."""
+        self.tenants: dict[str, TenantTotals] = {}
+        """By label value."""
+        self.hogging: dict[str, Hogging] = {}
+        self.peaks = Observed(families.KV_PEAK)
+        self.evictions = Observed(families.KV_EVICT)
+        self.preemptions = dict.fromkeys(PREEMPTION_CAUSES, 0)
+        self.preemption_exemplars: dict[str, Exemplar] = {}
+        self.requests: dict[Family, dict[Kind, Observed]] = {}
+        self.wasted_ns: dict[tuple[str, str], float] = {}
+        """By reason and tenant."""
+        self.untracked = dict.fromkeys(UNTRACKED, 0)
+        self.workers: dict[int, WorkerTotals] = {}
+
+    def tenant(self, label: str) -> TenantTotals:
+        """Totals of a tenant."""
+        totals = self.tenants.get(label)
+        if totals is None:
+            totals = self.tenants[label] = TenantTotals()
+        return totals
+
+    def hog(self, label: str) -> Hogging:
+        """Hogging of a tenant."""
+        found = self.hogging.get(label)
+        if found is None:
+            found = self.hogging[label] = Hogging()
+        return found
+
+    def worker(self, rank: int) -> WorkerTotals | None:
+        """Totals of a rank; None beyond the bound."""
+        found = self.workers.get(rank)
+        if found is None and len(self.workers) < MAX_WORKERS:
+            found = self.workers[rank] = WorkerTotals()
+        return found
+
+    def observe(self, family: Family, kind: Kind, value: float, exemplar: Exemplar | None) -> None:
+        """One request in one of the histograms of requests."""
+        by_kind = self.requests.setdefault(family, {})
+        observed = by_kind.get(kind)
+        if observed is None:
+            observed = by_kind[kind] = Observed(family)
+        observed.observe(value, exemplar)
+
+    def waste(self, reason: str, tenant: str, ns: float) -> None:
+        """GPU time whose result nobody used."""
+        if ns > 0:
+            key = (reason, tenant)
+            self.wasted_ns[key] = self.wasted_ns.get(key, 0.0) + ns

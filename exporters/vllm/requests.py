@@ -1,0 +1,167 @@
+"""One request: what the processes of an engine have told of it, and what that adds up to when it has ended.
+
+A frontend tells who asked and what the user felt, a core which blocks it held and how it ended, each worker
+how much GPU time it took. Their records come in any order. `verdict` and `Summary.of` are pure and decide
+what is observed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpuglass.exemplar import RequestRef
+from gpuglass_vllm.records import NO_TENANT, RequestAnswered, RequestEnd
+
+if TYPE_CHECKING:
+    from exporters.vllm.engines import Engine
+
+_DIED = ("error", "engine")
+
+
+class OpenRequest:
+    """What is known of a request that has not been observed yet."""
+
+    __slots__ = (
+        "answer",
+        "at",
+        "blocks",
+        "core_seen",
+        "died",
+        "due",
+        "end",
+        "engine",
+        "external_id",
+        "frontend",
+        "gpu_ended",
+        "gpu_ns",
+        "hog_ns",
+        "hog_since",
+        "news_at",
+        "peak_blocks",
+        "preemptions",
+        "recompute_ns",
+        "request_id",
+        "running",
+        "sampled",
+        "tenant",
+        "trace_id",
+    )
+
+    def __init__(self, request_id: str, engine: Engine, now_ns: int) -> None:
+        self.request_id = request_id
+        self.engine = engine
+        """Whose it is; a frontend's own engine until core or worker have told."""
+        self.tenant = NO_TENANT
+        self.external_id = ""
+        self.trace_id = ""
+        self.sampled = False
+        self.frontend: object | None = None
+        """Sender that told of its start."""
+        self.core_seen = False
+        self.running = False
+        self.at = 0
+        """Time of the core's latest word on it."""
+        self.blocks = 0.0
+        self.peak_blocks = 0.0
+        self.preemptions = 0
+        self.gpu_ns: dict[int, float] = {}
+        """By rank."""
+        self.recompute_ns: dict[int, float] | None = None
+        self.gpu_ended: set[int] | None = None
+        """Ranks that will not change `gpu_ns` any more."""
+        self.end: RequestEnd | None = None
+        self.answer: RequestAnswered | None = None
+        self.died = False
+        """Its engine went away under it."""
+        self.due: int | None = None
+        """When to stop waiting for what the other processes know; None while it is open."""
+        self.news_at = now_ns
+        self.hog_since: int | None = None
+        """Since when its time with a large part of the pool is not accounted; None while it holds less."""
+        self.hog_ns = 0
+
+    @property
+    def ref(self) -> RequestRef:
+        """For exemplars."""
+        return RequestRef(self.request_id, self.external_id, self.trace_id, self.sampled)
+
+    @property
+    def in_flight(self) -> bool:
+        """Not ended, as far as anybody told."""
+        return self.end is None and self.answer is None and not self.died
+
+
+def verdict(end: RequestEnd | None, answer: RequestAnswered | None, died: bool) -> tuple[str, str]:
+    """Outcome and error type of a request, given what core and frontend said and whether the engine went
+    away.
+
+    The core knows how a request left the scheduler. But an abort is what a frontend asks for, and only the
+    frontend knows why: the client left, time was up, or a stop word was found in the text.
+    """
+    if end is not None and (end.outcome != "abort" or answer is None):
+        return end.outcome, end.error_type
+    if answer is not None:
+        return answer.outcome, answer.error_type
+    return _DIED if died else ("abort", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A request that has ended. Times in nanoseconds; None means unknown, or that there was no such phase."""
+
+    outcome: str
+    error_type: str
+    preempted: bool
+    at: int
+    """When it ended, on the sender's monotonic clock; 0 if nobody said."""
+    duration_ns: int | None
+    first_token_ns: int | None
+    queue_ns: int | None
+    prefill_ns: int | None
+    decode_ns: int | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    peak_blocks: float | None
+    gpu_ns: float | None
+    recompute_ns: float
+
+    @classmethod
+    def of(cls, request: OpenRequest) -> Summary:
+        """Put together what was told. What the user felt is taken from the frontend where it spoke."""
+        end, answer = request.end, request.answer
+        outcome, error_type = verdict(end, answer, request.died)
+        preemptions = max(request.preemptions, end.preemptions if end is not None else 0)
+        peak = max(request.peak_blocks, end.peak_blocks if end is not None else 0.0)
+        duration = first = queue = prefill = decode = None
+        if end is not None:
+            duration = max(0, end.at - end.arrival_ns)
+            queue, prefill, decode = map(_known, (end.queue_ns, end.prefill_ns, end.decode_ns))
+            if queue is not None and prefill is not None:
+                first = queue + prefill
+        if answer is not None:
+            duration = answer.duration_ns
+            first = _known(answer.first_token_ns) if answer.first_token_ns >= 0 else first
+        last = end if end is not None else answer
+        return cls(
+            outcome,
+            error_type,
+            preemptions > 0,
+            last.at if last is not None else request.at,
+            duration,
+            first,
+            queue,
+            prefill,
+            decode,
+            end.prompt_tokens if end is not None else None,
+            end.cached_tokens if end is not None else None,
+            end.output_tokens if end is not None else None,
+            peak if peak > 0 else None,
+            sum(request.gpu_ns.values()) if request.gpu_ns else None,
+            sum(request.recompute_ns.values()) if request.recompute_ns else 0.0,
+        )
+
+
+def _known(ns: int) -> int | None:
+    return ns if ns >= 0 else None
