@@ -6,10 +6,11 @@ A part runs threads of its own, publishes batches to the store, and never lets a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpuglass.config import Config
+from gpuglass.gpu_processes import GpuProcesses
 from gpuglass.store import Store
 
 
@@ -37,6 +38,8 @@ class PartContext:
     store: Store
     add_capabilities: Callable[[Callable[[], Mapping[str, str]]], None]
     """Takes a function that gives states of node features by name, for `gpuglass_agent_capability`."""
+    gpu_processes: GpuProcesses = field(default_factory=GpuProcesses)
+    """Written by the GPU exporter, read by whoever has to know which process uses which GPU."""
 
 
 CreatePart = Callable[[PartContext], Part | None]

@@ -19,7 +19,7 @@ from exporters.gpu.collectors.links import NvLink, Pcie
 from exporters.gpu.collectors.memory import MemoryRest, MemoryUsed
 from exporters.gpu.collectors.mig import MigActivity, MigInstances
 from exporters.gpu.collectors.power import Power, Thermals
-from exporters.gpu.collectors.processes import Attribution, Processes, Resolve
+from exporters.gpu.collectors.processes import Attribution, Listed, Processes, Resolve
 from exporters.gpu.crew import Crew
 from exporters.gpu.device import Gpu
 from exporters.gpu.driver import DriverUnavailable, Nvml, missing
@@ -30,6 +30,7 @@ from exporters.gpu.xid import XidCounts, XidWatcher, watched
 from gpuglass.config import Config, GpuConfig
 from gpuglass.families import gpu as families
 from gpuglass.family import Batch, Tier
+from gpuglass.gpu_processes import GpuProcesses
 from gpuglass.logs import LOG
 from gpuglass.part import Part, PartContext
 from gpuglass.store import Store
@@ -41,7 +42,7 @@ _LONGEST_WAIT = 2.0
 """Seconds in which every thread that is not stuck notices that it has to end."""
 
 
-def collectors_of(gpu: Gpu, config: GpuConfig, resolve: Resolve) -> tuple[Collector, ...]:
+def collectors_of(gpu: Gpu, config: GpuConfig, resolve: Resolve, listed: Listed) -> tuple[Collector, ...]:
     """Collectors of one GPU. Order matters: slow ones read what fast ones found."""
     activity = Activity(gpu, config.interval)
     used = MemoryUsed(gpu)
@@ -58,8 +59,8 @@ def collectors_of(gpu: Gpu, config: GpuConfig, resolve: Resolve) -> tuple[Collec
         Errors(gpu),
     )
     if not gpu.mig:
-        return (*common, Processes(gpu, resolve, limit, pid_label))
-    instances = MigInstances(gpu, lambda: Attribution(resolve, limit, pid_label, sm=False))
+        return (*common, Processes(gpu, resolve, limit, pid_label, listed))
+    instances = MigInstances(gpu, lambda: Attribution(resolve, limit, pid_label, False, listed))
     return (*common, instances, MigActivity(gpu, instances))
 
 
@@ -110,8 +111,14 @@ class GpuPart(Part):
     """Exports all GPUs of the node."""
 
     def __init__(
-        self, config: Config, store: Store, workloads: Workloads, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        store: Store,
+        workloads: Workloads,
+        clock: Callable[[], float] = time.monotonic,
+        processes: GpuProcesses | None = None,
     ) -> None:
+        self._processes = processes or GpuProcesses(clock)
         self._config = config.gpu
         self._store = store
         self._workloads = workloads
@@ -219,7 +226,10 @@ class GpuPart(Part):
             self._known[gpu.uuid] = gpu
         workers = tuple(
             Worker(
-                gpu, collectors_of(gpu, self._config, self._workloads.resolve), self._schedule(), self._clock
+                gpu,
+                collectors_of(gpu, self._config, self._workloads.resolve, self._processes.note),
+                self._schedule(),
+                self._clock,
             )
             for gpu in gpus
         )
@@ -361,4 +371,4 @@ def create(context: PartContext) -> Part | None:
         return None
     workloads = Workloads(context.config)
     context.add_capabilities(workloads.capabilities)
-    return GpuPart(context.config, context.store, workloads)
+    return GpuPart(context.config, context.store, workloads, processes=context.gpu_processes)

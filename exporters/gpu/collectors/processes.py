@@ -7,7 +7,7 @@ larger than its own whole (they are read at different moments) they are scaled d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,6 +62,14 @@ class Resolve(Protocol):
     """Names of a pid that uses a device: (namespace, pod, container, process name); None if it has gone."""
 
     def __call__(self, pid: int, device_uuid: str) -> tuple[str, str, str, str] | None: ...
+
+
+Listed = Callable[[str, Iterable[int]], None]
+"""Takes note of the pids that the driver lists on a device, by its uuid."""
+
+
+def _nobody_asks(uuid: str, pids: Iterable[int]) -> None:
+    """The `Listed` of who does not care."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +167,11 @@ _FAR_FUTURE_US = 4_102_444_800_000_000  # the year 2100
 class Attribution:
     """Splits the memory and SM time of one device or MIG instance over workloads."""
 
-    def __init__(self, resolve: Resolve, limit: int, pid_label: bool, sm: bool) -> None:
+    def __init__(
+        self, resolve: Resolve, limit: int, pid_label: bool, sm: bool, listed: Listed = _nobody_asks
+    ) -> None:
         self._resolve = resolve
+        self._listed = listed
         self._admission = Admission(limit)
         self._pid_label = pid_label
         self._cursor = UtilizationCursor() if sm else None
@@ -180,6 +191,7 @@ class Attribution:
         held, counts = self._held(see, handle)
         if held is None:
             return counts
+        self._listed(uuid, held)
         whole = read_memory(see, handle)
         known = {pid: value for pid, value in held.items() if value is not None}
         if whole is not None:
@@ -244,9 +256,11 @@ class Processes:
     name = "processes"
     tier = Tier.SLOW
 
-    def __init__(self, gpu: Gpu, resolve: Resolve, limit: int, pid_label: bool) -> None:
+    def __init__(
+        self, gpu: Gpu, resolve: Resolve, limit: int, pid_label: bool, listed: Listed = _nobody_asks
+    ) -> None:
         self._gpu = gpu
-        self._attribution = Attribution(resolve, limit, pid_label, sm=True)
+        self._attribution = Attribution(resolve, limit, pid_label, True, listed)
 
     def collect(self, see: Observations, now: float) -> None:
         """Note memory and SM share by workload, what is unattributed, and the number of processes."""

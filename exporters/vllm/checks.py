@@ -1,0 +1,318 @@
+"""Judges single records of the stream before anything believes them. Pure: a record in, a `Refused` or
+nothing out.
+
+msgspec has checked the types by then. Here come bounds: lengths of texts and lists, ranges of numbers, words
+of closed vocabularies, parallel lists that belong together, times that lie in the future. What each field may
+hold is read from the schema once, so that a new field is bounded the day it appears.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from exporters.vllm.sink import Refusal, Refused
+from gpuglass_vllm import records
+
+MAX_TEXT = 256
+"""Characters of texts that are no ids: model and server names, versions, reasons."""
+MAX_ITEMS = 4096
+"""Elements of any list or mapping in a record."""
+MAX_CAPABILITIES = 64
+MAX_LAYERS = 1024
+MAX_EXPERTS = 4096
+MAX_INT = 2**53
+"""Largest whole number: beyond it a sample, which is a double, could not hold it. As nanoseconds 104 days."""
+MAX_NS = 2**62
+"""Largest time in nanoseconds, on any clock."""
+MAX_FLOAT = 1e24
+"""Largest quantity; FLOPs of a day of 10^18 each second are below 10^23."""
+FUTURE_NS = 60 * 10**9
+"""How far ahead of our clock a time may lie."""
+
+ROLES = ("frontend", "core", "worker")
+CLOCKS = ("cuda", "wall")
+STATES = ("active", "unavailable", "disabled")
+PLACEMENTS = ("linear", "round_robin", "unknown")
+
+_MAX_CHARACTERS = {
+    "request_id": records.MAX_ID,
+    "external_id": records.MAX_ID,
+    "request_ids": records.MAX_ID,
+    "ended": records.MAX_ID,
+    "victim": records.MAX_ID,
+    "holders": records.MAX_ID,
+    "sender": records.MAX_ID,
+    "instance": records.MAX_ID,
+    "tenant": records.MAX_TENANT,
+    "tenants": records.MAX_TENANT,
+    "trace_id": 32,
+    "span_id": 16,
+    "engine": 64,
+    "hook": 64,
+    "hook_errors": 64,
+}
+_LEAST = {"queue_ns": -1, "prefill_ns": -1, "decode_ns": -1, "first_token_ns": -1, "rank": -1}
+_LEAST_ANY = {"clock_offset_ns"}
+
+_OUTCOMES = frozenset(records.OUTCOMES)
+_ERROR_TYPES = frozenset(records.ERROR_TYPES)
+_CAUSES = frozenset(records.PREEMPTION_CAUSES)
+_ENDINGS = _OUTCOMES | {f"{o}/{e}" for o in ("error", "rejected") for e in records.ERROR_TYPES if e}
+
+ROLE_OF: Mapping[type, Collection[str]] = {
+    records.RequestStart: ("frontend",),
+    records.RequestAnswered: ("frontend",),
+    records.RequestRefused: ("frontend",),
+    records.RequestProgress: ("core",),
+    records.RequestEnd: ("core",),
+    records.Preemption: ("core",),
+    records.PoolState: ("core",),
+    records.CoreSums: ("core",),
+    records.GpuProgress: ("worker",),
+    records.StepSums: ("worker",),
+    records.ExpertSums: ("worker",),
+    records.HotExperts: ("worker",),
+    records.AllocatorState: ("worker",),
+    records.OutOfMemory: ("worker",),
+    records.TenantSums: ROLES,
+    records.ProbeState: ROLES,
+}
+"""Which roles may say what: a frontend cannot know blocks. A server in one process connects once per role."""
+
+_Check = Callable[[Any], Refusal | None]
+
+
+def check(record: records.Record, hello: records.Hello, now_ns: int) -> None:
+    """Raise `Refused` if a record of the sender that said `hello` is not to be taken in.
+
+    `now_ns` is CLOCK_MONOTONIC; records are on the same clock.
+    """
+    kind = type(record)
+    for name, judge in _FIELDS[kind]:
+        if (refusal := judge(getattr(record, name))) is not None:
+            raise Refused(refusal)
+    if hello.role not in ROLE_OF.get(kind, ROLES):
+        raise Refused(Refusal.WRONG_ROLE)
+    at: int = getattr(record, "at", 0)
+    if at > now_ns + FUTURE_NS:
+        raise Refused(Refusal.BAD_TIME)
+    special = _SPECIAL.get(kind)
+    if special is not None and not special(record, hello):
+        raise Refused(Refusal.OUT_OF_RANGE)
+
+
+def check_hello(hello: records.Hello) -> None:
+    """Raise `Refused` for a `Hello` that names nobody or is out of bounds."""
+    if hello.version != records.VERSION:
+        raise Refused(Refusal.VERSION)
+    for name, judge in _FIELDS[records.Hello]:
+        if (refusal := judge(getattr(hello, name))) is not None:
+            raise Refused(refusal)
+    if not hello.sender or not hello.instance:
+        raise Refused(Refusal.BAD_TEXT)
+    experts = hello.experts
+    fits = (
+        hello.role in ROLES
+        and len(hello.capabilities) <= MAX_CAPABILITIES
+        and all(capability.state in STATES for capability in hello.capabilities)
+        and (
+            experts is None
+            or (
+                len(experts.layers) <= MAX_LAYERS
+                and 0 < experts.experts <= MAX_EXPERTS
+                and 0 < experts.top_k <= experts.experts
+                and experts.every > 0
+                and 0 < experts.ranks <= experts.experts
+                and experts.placement in PLACEMENTS
+            )
+        )
+        and (hello.pool is None or hello.pool.blocks > 0)
+    )
+    if not fits:
+        raise Refused(Refusal.OUT_OF_RANGE)
+
+
+# Fields, by their types
+
+
+def _text(limit: int) -> _Check:
+    def judge(value: str) -> Refusal | None:
+        return None if len(value) <= limit and value.isprintable() else Refusal.BAD_TEXT
+
+    return judge
+
+
+def _whole(least: int, most: int) -> _Check:
+    def judge(value: int) -> Refusal | None:
+        return None if least <= value <= most else Refusal.OUT_OF_RANGE
+
+    return judge
+
+
+def _quantity(value: float) -> Refusal | None:
+    # NaN fails both comparisons.
+    return None if 0 <= value <= MAX_FLOAT else Refusal.OUT_OF_RANGE
+
+
+def _any(value: object) -> Refusal | None:
+    return None
+
+
+def _list(of: _Check) -> _Check:
+    def judge(value: Collection[Any]) -> Refusal | None:
+        if len(value) > MAX_ITEMS:
+            return Refusal.OUT_OF_RANGE
+        return next((refusal for item in value if (refusal := of(item)) is not None), None)
+
+    return judge
+
+
+def _mapping(key: _Check, of: _Check) -> _Check:
+    def judge(value: Mapping[Any, Any]) -> Refusal | None:
+        if len(value) > MAX_ITEMS:
+            return Refusal.OUT_OF_RANGE
+        pairs = ((key(k) or of(v)) for k, v in value.items())
+        return next((refusal for refusal in pairs if refusal is not None), None)
+
+    return judge
+
+
+def _struct(fields: tuple[tuple[str, _Check], ...]) -> _Check:
+    def judge(value: object) -> Refusal | None:
+        if value is None:
+            return None
+        found = (of(getattr(value, name)) for name, of in fields)
+        return next((refusal for refusal in found if refusal is not None), None)
+
+    return judge
+
+
+def _of(name: str, kind: Any) -> _Check:
+    if kind is str:
+        return _text(_MAX_CHARACTERS.get(name, MAX_TEXT))
+    if kind is int:
+        is_time = name == "at" or name.endswith("_ns")
+        most = MAX_NS if is_time else MAX_INT
+        return _whole(-MAX_NS if name in _LEAST_ANY else _LEAST.get(name, 0), most)
+    if kind is float:
+        return _quantity
+    if kind in (bool, bytes):
+        return _any
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return _list(_of(name, arguments[0]))
+    if origin is dict:
+        return _mapping(_of(name, arguments[0]), _of(name, arguments[1]))
+    if origin in (typing.Union, types.UnionType) and type(None) in arguments:
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return _struct(_fields(kind))
+    raise TypeError(f"{name}: no bounds for {kind}")
+
+
+def _fields(kind: type[msgspec.Struct]) -> tuple[tuple[str, _Check], ...]:
+    found = ((info.name, _of(info.name, info.type)) for info in msgspec.structs.fields(kind))
+    return tuple((name, judge) for name, judge in found if judge is not _any)
+
+
+_FIELDS = {kind: _fields(kind) for kind in typing.get_args(records.Record)}
+
+
+# What belongs together
+
+
+def _answered(record: records.RequestAnswered, hello: records.Hello) -> bool:
+    return record.outcome in _OUTCOMES and record.error_type in _ERROR_TYPES
+
+
+def _refused(record: records.RequestRefused, hello: records.Hello) -> bool:
+    return record.error_type in _ERROR_TYPES
+
+
+def _start(record: records.RequestStart, hello: records.Hello) -> bool:
+    return bool(record.request_id)
+
+
+def _progress(record: records.RequestProgress, hello: records.Hello) -> bool:
+    # One block more than there are, for sums of many fractions.
+    blocks = math.inf if hello.pool is None else hello.pool.blocks + 1
+    return bool(record.request_id) and record.blocks <= blocks and record.peak_blocks <= blocks
+
+
+def _end(record: records.RequestEnd, hello: records.Hello) -> bool:
+    return record.outcome in _OUTCOMES and record.error_type in _ERROR_TYPES and bool(record.request_id)
+
+
+def _gpu_progress(record: records.GpuProgress, hello: records.Hello) -> bool:
+    count = len(record.request_ids)
+    return len(record.gpu_ns) == count and len(record.recompute_ns) in (0, count)
+
+
+def _preemption(record: records.Preemption, hello: records.Hello) -> bool:
+    return record.cause in _CAUSES and len(record.holders) == len(record.holder_blocks) <= 3
+
+
+def _tenant(record: records.TenantSums, hello: records.Hello) -> bool:
+    return record.requests.keys() <= _ENDINGS
+
+
+def _core(record: records.CoreSums, hello: records.Hello) -> bool:
+    evictions = len(record.evictions) in (0, len(records.EVICT_SECONDS) + 1)
+    return evictions and record.preemptions.keys() <= _CAUSES
+
+
+def _steps(record: records.StepSums, hello: records.Hello) -> bool:
+    return (
+        record.clock in CLOCKS
+        and len(record.seconds) in (0, len(records.STEP_SECONDS) + 1)
+        and len(record.requests) in (0, len(records.BATCH_REQUESTS) + 1)
+    )
+
+
+def _experts(record: records.ExpertSums, hello: records.Hello) -> bool:
+    if hello.experts is None or record.counted_tokens > record.seen_tokens:
+        return False
+    layers, rest = divmod(len(record.counts), 4 * hello.experts.experts)
+    return not rest and layers > 0 and record.first + layers <= len(hello.experts.layers)
+
+
+def _hot_experts(record: records.HotExperts, hello: records.Hello) -> bool:
+    described = hello.experts
+    return (
+        described is not None
+        and len(record.layers) == len(record.experts) == len(record.counts)
+        and all(layer < len(described.layers) for layer in record.layers)
+        and all(expert < described.experts for expert in record.experts)
+        and all(len(counts) == len(record.tenants) for counts in record.counts)
+    )
+
+
+def _out_of_memory(record: records.OutOfMemory, hello: records.Hello) -> bool:
+    return len(record.request_ids) <= 16 and len(record.tokens) in (0, len(record.request_ids))
+
+
+_SPECIAL: Mapping[type, Callable[[Any, records.Hello], bool]] = {
+    records.RequestStart: _start,
+    records.RequestAnswered: _answered,
+    records.RequestRefused: _refused,
+    records.RequestProgress: _progress,
+    records.RequestEnd: _end,
+    records.GpuProgress: _gpu_progress,
+    records.Preemption: _preemption,
+    records.TenantSums: _tenant,
+    records.CoreSums: _core,
+    records.StepSums: _steps,
+    records.ExpertSums: _experts,
+    records.HotExperts: _hot_experts,
+    records.OutOfMemory: _out_of_memory,
+}
+
+
+TAGS: Mapping[type, str] = {kind: str(kind.__struct_config__.tag) for kind in typing.get_args(records.Record)}
+"""The `type` that each kind of record carries."""
