@@ -263,7 +263,7 @@ class Ledger:
                 gone_at = engine.core_gone_at
                 if gone_at is not None and now_ns - gone_at >= GONE_NS:
                     engine.core_gone_at = None
-                    self._died(server, engine, now_ns)
+                    self._died(server, engine, gone_at, now_ns)
             for request in list(server.closing.values()):
                 if request.due is not None and request.due <= now_ns:
                     self._close_or_wait(server, request, now_ns)
@@ -275,13 +275,13 @@ class Ledger:
             self._swept_at = now_ns
             self._sweep(now_ns)
 
-    def _died(self, server: Server, engine: Engine, now_ns: int) -> None:
+    def _died(self, server: Server, engine: Engine, gone_at: int, now_ns: int) -> None:
         """The engine has gone for good: what it was at has failed."""
         nobody_left = not any(other.cores for other in server.engines.values())
         for request in list(server.requests.values()):
             ours = request.engine is engine and (request.core_seen or request.gpu_ns or nobody_left)
             if ours and request.end is None:
-                request.died = True
+                request.died_at = gone_at
                 request.due = now_ns
                 server.closing[request.request_id] = request
 
@@ -358,6 +358,7 @@ class Ledger:
         if request is None:
             return
         request.news_at = now_ns
+        request.first_at = min(request.first_at, record.at)
         request.frontend = sender
         request.tenant = record.tenant or request.tenant
         request.external_id = record.external_id
@@ -388,6 +389,7 @@ class Ledger:
         if request is None or request.end is not None or record.at < request.at:
             return
         request.core_seen = True
+        request.first_at = min(request.first_at, record.at)
         request.at = record.at
         request.tenant = record.tenant or request.tenant
         request.running = record.running
@@ -493,7 +495,7 @@ class Ledger:
             return request.answer is None and not any(
                 frontend.number in engine.frontends for engine in server.engines.values()
             )
-        return request.died and request.end is None
+        return request.died_at is not None and request.end is None
 
     def _observe(self, account: Account, request: OpenRequest, summary: Summary) -> None:
         kind = Kind(summary.outcome, summary.error_type, summary.preempted)

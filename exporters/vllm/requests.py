@@ -27,11 +27,12 @@ class OpenRequest:
         "at",
         "blocks",
         "core_seen",
-        "died",
+        "died_at",
         "due",
         "end",
         "engine",
         "external_id",
+        "first_at",
         "frontend",
         "gpu_ended",
         "gpu_ns",
@@ -60,6 +61,8 @@ class OpenRequest:
         """Sender that told of its start."""
         self.core_seen = False
         self.running = False
+        self.first_at = now_ns
+        """When it was first heard of; its arrival lies a little before."""
         self.at = 0
         """Time of the core's latest word on it."""
         self.blocks = 0.0
@@ -72,8 +75,8 @@ class OpenRequest:
         """Ranks that will not change `gpu_ns` any more."""
         self.end: RequestEnd | None = None
         self.answer: RequestAnswered | None = None
-        self.died = False
-        """Its engine went away under it."""
+        self.died_at: int | None = None
+        """When its engine went away under it."""
         self.due: int | None = None
         """When to stop waiting for what the other processes know; None while it is open."""
         self.news_at = now_ns
@@ -89,7 +92,7 @@ class OpenRequest:
     @property
     def in_flight(self) -> bool:
         """Not ended, as far as anybody told."""
-        return self.end is None and self.answer is None and not self.died
+        return self.end is None and self.answer is None and self.died_at is None
 
 
 def verdict(end: RequestEnd | None, answer: RequestAnswered | None, died: bool) -> tuple[str, str]:
@@ -131,7 +134,7 @@ class Summary:
     def of(cls, request: OpenRequest) -> Summary:
         """Put together what was told. What the user felt is taken from the frontend where it spoke."""
         end, answer = request.end, request.answer
-        outcome, error_type = verdict(end, answer, request.died)
+        outcome, error_type = verdict(end, answer, request.died_at is not None)
         preemptions = max(request.preemptions, end.preemptions if end is not None else 0)
         peak = max(request.peak_blocks, end.peak_blocks if end is not None else 0.0)
         duration = first = queue = prefill = decode = None
@@ -143,12 +146,14 @@ class Summary:
         if answer is not None:
             duration = answer.duration_ns
             first = _known(answer.first_token_ns) if answer.first_token_ns >= 0 else first
+        if end is None and answer is None and request.died_at is not None:
+            duration = max(0, request.died_at - request.first_at)
         last = end if end is not None else answer
         return cls(
             outcome,
             error_type,
             preemptions > 0,
-            last.at if last is not None else request.at,
+            last.at if last is not None else request.died_at or 0,
             duration,
             first,
             queue,
