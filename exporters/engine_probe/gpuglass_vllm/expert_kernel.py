@@ -23,7 +23,7 @@ BLOCKS = (32, 256, 1024)
 
 
 @triton.jit(do_not_specialize=["row", "n"])  # type: ignore[untyped-decorator]
-def count(  # type: ignore[no-untyped-def]
+def gpuglass_count(  # type: ignore[no-untyped-def]
     table, counts, row, n, EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
     """Add the histogram of each layer's first `n` choices to counts[row + layer]."""
@@ -43,7 +43,7 @@ def count(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["layers", "n"])  # type: ignore[untyped-decorator]
-def count_by_tenant(  # type: ignore[no-untyped-def]
+def gpuglass_count_by_tenant(  # type: ignore[no-untyped-def]
     table,
     counts,
     tenants,
@@ -151,10 +151,10 @@ class DeviceCounts:
         rows = torch.zeros(16, dtype=torch.uint8, device=self._device)
         for wide in (False, True):
             for block in BLOCKS:
-                count[layers, 1](
+                gpuglass_count[layers, 1](
                     table, counts, 0, 0, experts, self._bins, block, wide, num_warps=_warps(block)
                 )
-                count_by_tenant[layers, 1](
+                gpuglass_count_by_tenant[layers, 1](
                     table,
                     counts,
                     rows,
@@ -182,7 +182,7 @@ class DeviceCounts:
         block = block_for(n)
         grid = (layers, (n + block - 1) // block)
         if isinstance(rows, int):
-            count[grid](
+            gpuglass_count[grid](
                 table,
                 buffer.counts,
                 rows * layers,
@@ -198,7 +198,7 @@ class DeviceCounts:
             token_rows = self._token_rows.put(np.repeat(row, width).astype(np.uint8))
             if token_rows is None:
                 return False
-            count_by_tenant[grid](
+            gpuglass_count_by_tenant[grid](
                 table,
                 buffer.counts,
                 token_rows,

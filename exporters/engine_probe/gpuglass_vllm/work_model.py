@@ -11,6 +11,7 @@ does not depend on the request (reading the weights) is divided by tokens.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ not told."""
 def device_by_name(name: str) -> Device | None:
     """The peaks of an accelerator, or None if this list does not have it."""
     for part, device in DEVICES:
-        if part.lower() in name.lower():
+        if re.search(rf"(?<![A-Za-z0-9]){re.escape(part)}(?!\d)", name, re.IGNORECASE):
             return device
     return None
 

@@ -1,0 +1,913 @@
+"""Cost and truth of the engine probe on a real GPU: the deepseek-v2-lite shape with CUDA graphs, both model
+runners.
+
+Needs vLLM, a CUDA device and `gpuglass_vllm` on the path; nothing else of this project, and no network. Each
+model runner is a process of its own (the first start compiles: about two minutes). In it, at 4, 64 and 256
+running requests:
+
+- expert counts against tokens × top-k × layers, and against a scatter_add in every layer (mode `check`);
+- GPU time of the probe's own kernels as a share of all kernel time, by torch.profiler;
+- step time with hooks on and off in blocks that alternate in one process: paired medians, 95 % interval;
+- CPU time of hooks and of the probe's threads as a share of step time; steps longer than their neighbours;
+- over 60 s of mixed load, the probe's GPU time against the profiler's kernel time in windows of that minute.
+
+Ends with one JSON line. Without a GPU it says so and gives no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EXPERTS, TOP_K, LAYERS = 64, 6, 26
+CONFIG = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": LAYERS + 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": TOP_K,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+TINY = {
+    **CONFIG,
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+}
+"""For trying the script out on a CPU (`--dry`)."""
+
+PROMPT = 64
+BLOCK, SKIP = 20, 4
+"""Steps per block with hooks on or off, and how many at its begin are left out."""
+WINDOW = 0.6
+"""Seconds of each profiled window in the minute of mixed load."""
+TARGETS = {
+    "probe_gpu_percent": "<= 0.1",
+    "hook_cpu_percent": "<= 1",
+    "thread_cpu_percent": "<= 1",
+    "steps_longer_percent_more": "<= 1",
+    "experts_exact": ">= 1",
+    "experts_like_scatter": ">= 1",
+    "gpu_time_against_kernels_percent_off": "<= 2",
+}
+
+
+def say(*words: object) -> None:
+    """A line of progress, with the time since the script began."""
+    print(f"[{time.monotonic() - BEGAN:6.1f} s]", *words, file=sys.stderr, flush=True)
+
+
+BEGAN = time.monotonic()
+
+
+# The agent's side
+
+
+def receive(path: str, ready: Any = None) -> None:
+    """Acknowledge every packet, as the agent does, and forget it."""
+    import msgspec
+
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(path)
+    listening.listen(16)
+
+    def serve(connection: socket.socket) -> None:
+        while data := connection.recv(1 << 17):
+            seq = msgspec.msgpack.decode(data)["seq"]
+            if seq:
+                connection.send(msgspec.msgpack.encode({"ack": seq}))
+
+    while True:
+        connection, _ = listening.accept()
+        threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+
+# In the engine's process
+
+
+@dataclass
+class Row:
+    """One step as seen from outside the hooks."""
+
+    tokens: int
+    requests: int
+    on: bool
+    event: Any
+    host_ns: int
+    hook_ns: int
+
+
+@dataclass
+class Taps:
+    """Stands around the worker's methods, outside all hooks, and sees every step begin."""
+
+    worker: Any
+    cuda: bool
+    rows: list[Row] = field(default_factory=list)
+    before: Callable[[int, Any], None] | None = None
+    on: bool = True
+
+    def __post_init__(self) -> None:
+        self._execute = self.worker.execute_model
+        self.worker.execute_model = self.execute_model
+        self._hooks = [hook for hook in hook_table()._hooks.values() if hook.on]
+
+    def switch(self, on: bool) -> None:
+        """All hooks of all roles on or off."""
+        if on != self.on:
+            self.on = on
+            for hook in self._hooks:
+                hook.on = on
+
+    def hook_ns(self) -> int:
+        return sum(hook.ns for hook in self._hooks)
+
+    def execute_model(self, output: Any, *args: Any, **kwargs: Any) -> Any:
+        if output.total_num_scheduled_tokens > 0:
+            if self.before is not None:
+                self.before(len(self.rows), output)
+            event = None
+            if self.cuda:
+                import torch
+
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+            self.rows.append(
+                Row(
+                    output.total_num_scheduled_tokens,
+                    len(output.num_scheduled_tokens),
+                    self.on,
+                    event,
+                    time.perf_counter_ns(),
+                    self.hook_ns(),
+                )
+            )
+        return self._execute(output, *args, **kwargs)
+
+    def start(self, before: Callable[[int, Any], None] | None = None) -> None:
+        self.rows = []
+        self.before = before
+
+    def periods(self, requests: int) -> list[tuple[int, bool, float, int]]:
+        """(index, on, µs from begin to begin, hook ns) of decode steps with that many requests."""
+        self.before = None
+        synchronize(self.cuda)
+        found = []
+        for index, (row, following) in enumerate(zip(self.rows, self.rows[1:], strict=False)):
+            if row.tokens == row.requests == requests == following.requests == following.tokens:
+                if self.cuda:
+                    us = row.event.elapsed_time(following.event) * 1e3
+                else:
+                    us = (following.host_ns - row.host_ns) / 1e3
+                found.append((index, row.on, us, following.hook_ns - row.hook_ns))
+        return found
+
+
+class SumsTap:
+    """Stands between the worker's source and its link, and adds up what is told."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        with self.lock:
+            self.counts: dict[int, list[int]] = {}
+            self.counted = self.seen = 0
+            self.steps: dict[str, float] = {}
+
+    def hello(self) -> dict[str, Any]:
+        result: dict[str, Any] = self._source.hello()
+        return result
+
+    def states(self, everything: bool) -> Any:
+        return self._source.states(everything)
+
+    def sums(self) -> list[Any]:
+        import numpy as np
+
+        from gpuglass_vllm.records import ExpertSums, StepSums
+
+        told = list(self._source.sums())
+        with self.lock:
+            for record in told:
+                if isinstance(record, ExpertSums):
+                    experts = self._source.hello()["experts"].experts
+                    array = np.frombuffer(record.counts, dtype="<u4").reshape(-1, experts)
+                    for layer, row in enumerate(array, record.first):
+                        before = self.counts.get(layer, [0] * experts)
+                        self.counts[layer] = [a + int(b) for a, b in zip(before, row, strict=True)]
+                    if record.first == 0:
+                        self.counted += record.counted_tokens
+                        self.seen += record.seen_tokens
+                elif isinstance(record, StepSums):
+                    for name in (
+                        "steps",
+                        "attributed_ns",
+                        "padding_ns",
+                        "dummy_ns",
+                        "unattributed_ns",
+                        "idle_ns",
+                    ):
+                        self.steps[name] = self.steps.get(name, 0) + getattr(record, name)
+        return told
+
+
+def hook_table() -> Any:
+    from gpuglass_vllm import hooks
+
+    return hooks.table
+
+
+def synchronize(cuda: bool) -> None:
+    if cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def thread_ns() -> int:
+    """CPU time of the probe's own threads so far."""
+    total = 0
+    for thread in threading.enumerate():
+        if thread.name.startswith("gpuglass") and thread.native_id:
+            total += int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[0])
+    return total
+
+
+class Bench:
+    """An engine with the probe inside, and what is measured on it."""
+
+    def __init__(self, arguments: argparse.Namespace, runner: str) -> None:
+        self.arguments = arguments
+        self.runner = runner
+        self.cuda = not arguments.dry
+        self.figures: dict[str, float] = {}
+        self.scatter: Any = None
+        self.model_config = TINY if arguments.dry else CONFIG
+
+    def put(self, name: str, value: float, requests: int | None = None) -> None:
+        key = f"{name}_v{self.runner}" + (f"_{requests}" if requests is not None else "")
+        self.figures[key] = round(float(value), 5)
+        say(key, "=", self.figures[key])
+
+    def start(self, folder: Path) -> None:
+        """Load vLLM, the probe and the model."""
+        if self.arguments.mode == "check":
+            self._scatter_in_every_layer()
+        from vllm import LLM
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        from gpuglass_vllm import plugin, worker
+
+        if not plugin._loaded:
+            say("the entry point is not installed: loading the probe by hand")
+            plugin.load()
+        worker.marks.tenant_of = tenant_by_seed  # type: ignore[assignment]
+        model = folder / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text(json.dumps(self.model_config))
+        options: dict[str, Any] = {
+            "model": str(model),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+            "max_num_seqs": max(self.arguments.batches),
+            "disable_log_stats": True,
+        }
+        if self.arguments.dry:
+            options |= {"dtype": "bfloat16", "max_model_len": 2048, "enforce_eager": True}
+        else:
+            options |= {"max_model_len": 8192, "gpu_memory_utilization": 0.7}
+        began = time.monotonic()
+        self.llm = LLM(**options)
+        say(f"engine ready after {time.monotonic() - began:.0f} s, runner v{self.runner}")
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.worker = core.model_executor.driver_worker.worker
+        self.probe = self.worker._gpuglass_probe
+        for capability in hook_table()._hooks.values():
+            say("hook", capability.name, capability.state, capability.reason)
+        self.tap = SumsTap(self.probe.link._source)
+        self.probe.link._source = self.tap
+        self.taps = Taps(self.worker, self.cuda)
+        say("held", round(self.probe.experts.routing.held_bytes / 2**20, 2), "MiB of topk_ids")
+        self.generate(8, 20)
+
+    def generate(self, requests: int, tokens: int, prompt: int = PROMPT, tenants: int = 1) -> tuple[int, int]:
+        """Run so many requests to their end; (tokens computed, output tokens)."""
+        from vllm import SamplingParams
+
+        rng = random.Random(0)
+        limit = self.model_config["vocab_size"] // 2
+        prompts = [
+            {"prompt_token_ids": [rng.randrange(limit) for _ in range(prompt)]} for _ in range(requests)
+        ]
+        params = [
+            SamplingParams(
+                max_tokens=tokens,
+                ignore_eos=True,
+                temperature=0,
+                detokenize=False,
+                extra_args={"bench_tenant": f"t{number % tenants}"},
+            )
+            for number in range(requests)
+        ]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        made = sum(len(output.outputs[0].token_ids) for output in outputs)
+        return requests * prompt + made - requests, made
+
+    def every(self, steps: int) -> None:
+        """Count one step in so many from now on."""
+        experts = self.probe.experts
+        experts.every, experts._position, experts._chosen = steps, 0, 0
+
+    def settle(self) -> None:
+        """Wait until all counts so far have been told."""
+        synchronize(self.cuda)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            time.sleep(0.3)
+            experts = self.probe.experts
+            if experts._taking is None and not experts._window.seen_tokens:
+                return
+        say("counts were not told in time")
+
+    # (a)
+
+    def exact(self, requests: int, tokens: int) -> None:
+        """All steps counted: counts = tokens × top-k in each layer, for one tenant and for several."""
+        self.every(1)
+        top_k = self.model_config["num_experts_per_tok"]
+        for tenants in (1, 3):
+            self.settle()
+            self.tap.reset()
+            if self.scatter is not None:
+                self.scatter.zero_()
+            computed, _ = self.generate(requests, tokens, tenants=tenants)
+            self.settle()
+            sums = [sum(row) for _, row in sorted(self.tap.counts.items())]
+            exact = sums == [computed * top_k] * len(self.probe.layout.layers) and self.tap.seen == computed
+            if not exact:
+                say(
+                    "expected",
+                    computed * top_k,
+                    "per layer, got",
+                    sums,
+                    "counted",
+                    self.tap.counted,
+                    self.tap.seen,
+                )
+            self.put("experts_exact" + ("" if tenants == 1 else "_tenants"), exact, requests)
+            if self.scatter is not None:
+                mine = [row for _, row in sorted(self.tap.counts.items())]
+                same = mine == self.scatter.cpu().tolist()
+                if not same:
+                    say("scatter", self.scatter.sum(1).tolist()[:3], "ours", sums[:3])
+                self.put("experts_like_scatter" + ("" if tenants == 1 else "_tenants"), same, requests)
+
+    def _scatter_in_every_layer(self) -> None:
+        """An independent count: one scatter_add in each layer, inside the graphs. The probe must chain to
+        it."""
+        import torch
+        from vllm.v1.worker.gpu_worker import Worker
+
+        bench = self
+        load = Worker.load_model
+
+        def load_model(worker: Any, *args: Any, **kwargs: Any) -> Any:
+            result = load(worker, *args, **kwargs)
+            from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+            layers = [m for m in worker.model_runner.model.modules() if isinstance(m, MoERunner)]
+            layers.sort(key=lambda layer: layer.layer_id)
+            counts = bench.scatter = torch.zeros(
+                len(layers), EXPERTS, dtype=torch.int32, device=worker.device
+            )
+            for index, layer in enumerate(layers):
+
+                def see(ids: Any, row: Any = counts[index]) -> None:
+                    flat = ids.reshape(-1)
+                    row.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int32))
+
+                layer.router.set_capture_fn(see)
+            return result
+
+        Worker.load_model = load_model
+
+    # (b)
+
+    def kernels(self, requests: int, every: int, steps: int) -> dict[str, float]:
+        """Kernel time of some decode steps by the profiler: of all kernels, of ours, and per step (µs)."""
+        self.every(every)
+        profiler = Profiler()
+
+        def before(index: int, output: Any) -> None:
+            if index == 12:
+                profiler.start()
+            elif index == 12 + steps:
+                profiler.stop()
+
+        self.taps.start(before)
+        self.generate(requests, steps + 40)
+        self.taps.before = None
+        seen = profiler.result()
+        own = sum(end - begin for begin, end, name in seen if "gpuglass" in name)
+        total = sum(end - begin for begin, end, _ in seen)
+        count = sum("gpuglass" in name for _, _, name in seen)
+        return {"own": own / 1e3, "total": total / 1e3, "steps": steps, "launched": count}
+
+    # (c), (d), (e)
+
+    def paired(self, requests: int, tokens: int, every: int, label: str = "") -> None:
+        """Steps with hooks on and off in alternating blocks."""
+        self.every(every)
+
+        def before(index: int, output: Any) -> None:
+            block = index // BLOCK
+            self.taps.switch(block % 4 in (0, 3))
+
+        synchronize(self.cuda)
+        threads, began = thread_ns(), time.perf_counter_ns()
+        self.taps.start(before)
+        self.generate(requests, tokens)
+        self.taps.switch(True)
+        threads, elapsed = thread_ns() - threads, time.perf_counter_ns() - began
+        periods = self.taps.periods(requests)
+        blocks: dict[int, list[float]] = {}
+        state: dict[int, bool] = {}
+        hook: list[int] = []
+        usable: dict[bool, list[tuple[int, float]]] = {True: [], False: []}
+        for index, on, us, hook_ns in periods:
+            block = index // BLOCK
+            if SKIP <= index % BLOCK < BLOCK - 1:
+                blocks.setdefault(block, []).append(us)
+                state[block] = on
+                usable[on].append((index, us))
+                if on:
+                    hook.append(hook_ns)
+        pairs = []
+        for block in sorted(blocks):
+            if block % 2 == 0 and block + 1 in blocks and state[block] != state[block + 1]:
+                one, two = statistics.median(blocks[block]), statistics.median(blocks[block + 1])
+                on, off = (one, two) if state[block] else (two, one)
+                pairs.append((on - off) / off * 100)
+        if not pairs or not hook:
+            say("too few decode steps", len(periods))
+            return
+        off_us = statistics.median(us for _, us in usable[False])
+        low, high = interval(pairs)
+        self.put(f"step_us_off{label}", off_us, requests)
+        self.put(f"step_us_on{label}", statistics.median(us for _, us in usable[True]), requests)
+        self.put(f"step_percent_more{label}", statistics.median(pairs), requests)
+        self.put(f"step_percent_more_low{label}", low, requests)
+        self.put(f"step_percent_more_high{label}", high, requests)
+        self.put(f"hook_us{label}", statistics.mean(hook) / 1e3, requests)
+        self.put(f"hook_us_median{label}", statistics.median(hook) / 1e3, requests)
+        self.put(f"hook_cpu_percent{label}", statistics.mean(hook) / 1e3 / off_us * 100, requests)
+        self.put(f"thread_cpu_percent{label}", threads / elapsed * 100, requests)
+        longer = {on: longer_than_neighbours(usable[on]) for on in (True, False)}
+        self.put(f"steps_longer_percent_on{label}", longer[True], requests)
+        self.put(f"steps_longer_percent_off{label}", longer[False], requests)
+        self.put(f"steps_longer_percent_more{label}", max(0.0, longer[True] - longer[False]), requests)
+        for on in (True, False):
+            values = sorted(us for _, us in usable[on])
+            word = "on" if on else "off"
+            self.put(f"step_us_p99_{word}{label}", values[int(len(values) * 0.99)], requests)
+            self.put(f"step_us_max_{word}{label}", values[-1], requests)
+        say("pairs", len(pairs), "steps", len(usable[True]), len(usable[False]))
+
+    # (f)
+
+    def minute(self, seconds: float, open_requests: int = 64) -> None:
+        """Mixed load; in windows, what the probe took as busy against the kernels that the profiler saw."""
+        from vllm import SamplingParams
+
+        self.every(self.default_every)
+        probe = self.probe
+        busy = [0.0, 0.0]
+        add = probe.ledger.add
+
+        def tapped(step: Any, busy_ns: float, idle_ns: float = 0.0, unattributed_ns: float = 0.0) -> None:
+            busy[0] += busy_ns + unattributed_ns
+            busy[1] += idle_ns
+            add(step, busy_ns, idle_ns, unattributed_ns)
+
+        probe.ledger.add = tapped
+
+        def drained() -> tuple[float, float]:
+            synchronize(self.cuda)
+            with probe.lock:
+                while probe.clock.poll(probe._deliver, 64):
+                    pass
+            return busy[0], busy[1]
+
+        windows: list[dict[str, float]] = []
+        state: dict[str, Any] = {"next": 0.0, "profiler": None}
+        gap = max(3.0, seconds / 9)
+
+        def before(index: int, output: Any) -> None:
+            now = time.monotonic() - begin
+            if state["profiler"] is None:
+                if now >= state["next"] and now < seconds - 2 * WINDOW:
+                    state["at"] = drained()
+                    state["profiler"] = profiler = Profiler()
+                    profiler.start()
+                    state["first"] = index
+                    state["until"] = now + WINDOW
+            elif now >= state["until"]:
+                ours = drained()
+                state["profiler"].stop()
+                window = spans(state["profiler"].result())
+                window["busy"] = ours[0] - state["at"][0]
+                window["idle"] = ours[1] - state["at"][1]
+                window["steps"] = index - state["first"]
+                windows.append(window)
+                state["profiler"] = None
+                state["next"] = now + gap
+
+        drained()
+        self.settle()
+        self.tap.reset()
+        rng = random.Random(1)
+        engine = self.llm.llm_engine
+        limit = self.model_config["vocab_size"] // 2
+        longest = 300 if self.arguments.dry else 2000
+        begin = time.monotonic()
+        self.taps.start(before if self.cuda else None)
+        number = open_now = 0
+        while True:
+            going = time.monotonic() - begin < seconds
+            while going and open_now < open_requests:
+                prompt = [rng.randrange(limit) for _ in range(rng.randrange(32, longest))]
+                params = SamplingParams(
+                    max_tokens=rng.randrange(32, 400),
+                    ignore_eos=True,
+                    temperature=0,
+                    detokenize=False,
+                    extra_args={"bench_tenant": f"t{number % 5}"},
+                )
+                engine.add_request(f"load-{number}", {"prompt_token_ids": prompt}, params)
+                number += 1
+                open_now += 1
+            if not going and not engine.has_unfinished_requests():
+                break
+            open_now -= sum(output.finished for output in engine.step())
+        self.taps.before = None
+        drained()
+        elapsed = time.monotonic() - begin
+        self.settle()
+        rows = self.taps.rows
+        told = dict(self.tap.steps)
+        gpu_ns = sum(
+            told.get(name, 0) for name in ("attributed_ns", "padding_ns", "dummy_ns", "unattributed_ns")
+        )
+        self.put("minute_seconds", elapsed)
+        self.put("minute_steps", told.get("steps", 0))
+        self.put("minute_gpu_seconds", gpu_ns / 1e9)
+        self.put("minute_idle_seconds", told.get("idle_ns", 0) / 1e9)
+        self.put("minute_padding_percent", told.get("padding_ns", 0) / max(gpu_ns, 1) * 100)
+        if self.cuda:
+            self.put("minute_stream_seconds", rows[0].event.elapsed_time(rows[-1].event) / 1e3)
+        if not windows:
+            return
+        total = {name: sum(window[name] for window in windows) for name in windows[0]}
+        self.put("windows", len(windows))
+        self.put("window_steps", total["steps"])
+        self.put("window_busy_seconds", total["busy"] / 1e9)
+        self.put("window_idle_seconds", total["idle"] / 1e9)
+        for name in total:
+            if name.startswith(("kernel", "union")):
+                self.put(f"window_{name}_seconds", total[name] / 1e9)
+                self.put(f"busy_against_{name}_percent", (total["busy"] / total[name] - 1) * 100)
+        self.put("gpu_time_against_kernels_percent_off", abs(total["busy"] / total["union_10us"] - 1) * 100)
+
+    def flush_cost(self) -> None:
+        """GPU time of one copy of the counts, which happens every two seconds beside the engine's stream."""
+        import torch
+
+        from gpuglass_vllm.experts import INTERVAL
+
+        counts = self.probe.experts._counts
+        profiler = Profiler()
+        profiler.start()
+        for _ in range(20):
+            with self.probe.experts._lock:
+                counts.swap()
+            while counts.collect() is None:
+                pass
+        torch.cuda.synchronize()
+        profiler.stop()
+        ns = sum(end - begin for begin, end, _ in profiler.result()) / 20
+        self.put("flush_gpu_us", ns / 1e3)
+        self.put("flush_gpu_percent", ns / (INTERVAL * 1e9) * 100)
+
+    def run(self) -> None:
+        """All parts that were asked for."""
+        arguments = self.arguments
+        parts = arguments.parts
+        self.default_every = self.probe.experts.every
+        self.put("default_every", self.default_every)
+        quick = arguments.quick
+        if arguments.mode == "check":
+            for requests in (*arguments.batches, 5):
+                self.exact(requests, 40 if quick else 120)
+            return
+        if "b" in parts and self.cuda:
+            warm = Profiler()
+            warm.start()
+            warm.stop()
+            say("profiler started once")
+        for requests in arguments.batches:
+            if "a" in parts:
+                self.exact(requests, 30 if quick else 60)
+            if "b" in parts and self.cuda:
+                steps = 40 if quick else 80
+                seen = self.kernels(requests, 1, steps)
+                counted = seen["own"] / seen["total"] * 100
+                self.put("counted_step_gpu_percent", counted, requests)
+                self.put("counted_step_gpu_us", seen["own"] / max(1, seen["launched"]), requests)
+                self.put("step_kernel_us", seen["total"] / seen["steps"], requests)
+                seen = self.kernels(requests, self.default_every, 2 * steps)
+                self.put("probe_gpu_percent", seen["own"] / seen["total"] * 100, requests)
+                self.put("smallest_every_for_0.1_percent", max(1, -(-counted // 0.1)), requests)
+            if "c" in parts:
+                full = {4: 2400, 64: 1600, 256: 900}.get(requests, 1200)
+                tokens = 60 if arguments.dry else full // 3 if quick else full
+                self.paired(requests, tokens, self.default_every)
+                if not quick and not arguments.dry:
+                    self.paired(requests, full // 2, 1, "_every1")
+        if "b" in parts and self.cuda:
+            self.flush_cost()
+        if "f" in parts:
+            self.minute(arguments.seconds or (12 if quick else 60), 4 if arguments.dry else 64)
+        errors = {hook.name: hook.errors for hook in hook_table()._hooks.values() if hook.errors}
+        self.put("hook_errors", sum(errors.values()))
+        if errors:
+            say("errors", errors)
+        self.put("steps_not_counted", self.probe.experts.routing.incomplete)
+        self.put("steps_not_timed", self.probe.clock.untimed)
+
+
+class Profiler:
+    """torch.profiler on the device's own records only."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def start(self) -> None:
+        synchronize(True)
+        self._profile.start()
+
+    def stop(self) -> None:
+        synchronize(True)
+        self._profile.stop()
+
+    def result(self) -> list[tuple[int, int, str]]:
+        """(begin ns, end ns, name) of every kernel, copy and fill on the device."""
+        import torch
+
+        found = []
+        device = torch.autograd.DeviceType.CUDA
+        for event in self._profile.profiler.kineto_results.events():
+            if event.device_type() == device:
+                begin = event.start_ns()
+                name = event.name()
+                if not name.startswith(("Context Sync", "Stream Wait", "Stream Sync", "Event Sync")):
+                    found.append((begin, begin + event.duration_ns(), name))
+        found.sort()
+        return found
+
+
+def spans(kernels: list[tuple[int, int, str]]) -> dict[str, float]:
+    """Kernel time (ns): the sum, and the union with pauses up to some µs closed (a graph's next launch)."""
+    result = {"kernel_sum": float(sum(end - begin for begin, end, _ in kernels))}
+    for closed in (0, 2, 5, 10, 50):
+        total = 0
+        until = None
+        for begin, end, _ in kernels:
+            if until is None:
+                total += end - begin
+                until = end
+                continue
+            pause = begin - until
+            if pause > closed * 1000:
+                total += end - begin
+            elif end > until:
+                total += end - until
+            until = max(until, end)
+        result[f"union_{closed}us"] = float(total)
+    return result
+
+
+def interval(values: list[float], rounds: int = 2000) -> tuple[float, float]:
+    """95 % interval of the median, by resampling."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(rounds))
+    return medians[int(rounds * 0.025)], medians[int(rounds * 0.975)]
+
+
+def longer_than_neighbours(steps: list[tuple[int, float]]) -> float:
+    """Percent of steps more than 1 % longer than the median of five steps on each side."""
+    if not steps:
+        return 0.0
+    values = [us for _, us in steps]
+    longer = 0
+    for position, us in enumerate(values):
+        around = values[max(0, position - 5) : position] + values[position + 1 : position + 6]
+        if around and us > 1.01 * statistics.median(around):
+            longer += 1
+    return longer / len(values) * 100
+
+
+def tenant_by_seed(params: Any) -> str:
+    """The tenant that this script gave a request (no frontend does here)."""
+    return str((getattr(params, "extra_args", None) or {}).get("bench_tenant", ""))
+
+
+def child(arguments: argparse.Namespace, runner: str) -> None:
+    """Measure one model runner in this process; the figures go to a file after each part."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = str(folder / "agent.sock")
+        receiver = subprocess.Popen([sys.executable, __file__, "--receive", path])
+        try:
+            while not Path(path).exists():
+                if receiver.poll() is not None:
+                    raise SystemExit("the receiver did not start")
+                time.sleep(0.05)
+            os.environ["GPUGLASS_SOCKET"] = path
+            bench = Bench(arguments, runner)
+            try:
+                bench.start(folder)
+                bench.run()
+            finally:
+                Path(arguments.out).write_text(json.dumps(bench.figures))
+        finally:
+            receiver.kill()
+            receiver.wait()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # leaving the engine by the door takes half a minute
+
+
+def environment(runner: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "2" else "0",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+
+
+def has_gpu() -> bool:
+    if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/nvidiactl").exists():
+        return False
+    try:
+        import torch
+
+        return bool(torch.cuda.is_available())
+    except ImportError:
+        return False
+
+
+def missed(figures: dict[str, float], targets: dict[str, str]) -> list[str]:
+    """Targets that the figures do not meet."""
+    result = []
+    for name, target in targets.items():
+        sign, _, bound = target.partition(" ")
+        value = figures[name]
+        if not (value <= float(bound) if sign == "<=" else value >= float(bound)):
+            result.append(name)
+    return result
+
+
+def targets_of(figures: dict[str, float]) -> dict[str, str]:
+    """Targets for the figures there are: a figure's name without runner and batch is the target's."""
+    found = {}
+    for name in figures:
+        base = name.rpartition("_v")[0]
+        for target, bound in TARGETS.items():
+            if base == target or (base == f"{target}_tenants"):
+                found[name] = bound
+    return found
+
+
+def main() -> int:
+    """Measure, report progress on standard error, print the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="fewer steps, 12 s of mixed load")
+    parser.add_argument("--runners", nargs="+", default=["2", "1"], choices=["1", "2"], help="model runners")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 64, 256], help="running requests")
+    parser.add_argument(
+        "--parts", default="abcf", help="a exact counts, b kernels, c paired steps, f the minute"
+    )
+    parser.add_argument(
+        "--mode", default="measure", choices=["measure", "check", "both"], help="check: scatter_add"
+    )
+    parser.add_argument("--seconds", type=float, default=0, help="of mixed load")
+    parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU, to try the script itself")
+    parser.add_argument("--receive", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.receive:
+        receive(arguments.receive)
+        return 0
+    if arguments.child:
+        child(arguments, arguments.child)
+        return 0
+    figures: dict[str, float] = {}
+    machine: dict[str, Any] = {"cpus": os.cpu_count(), "python": platform.python_version()}
+    failed = []
+    if arguments.dry or has_gpu():
+        modes = ["measure", "check"] if arguments.mode == "both" else [arguments.mode]
+        for runner in arguments.runners:
+            for mode in modes:
+                with tempfile.NamedTemporaryFile(suffix=".json") as out:
+                    command = [sys.executable, __file__, *sys.argv[1:]]
+                    command += ["--child", runner, "--out", out.name, "--mode", mode]
+                    say(f"runner v{runner}, {mode} …")
+                    done = subprocess.run(command, env=environment(runner), stdout=sys.stderr)
+                    if done.returncode:
+                        failed.append(f"v{runner} {mode}")
+                    text = Path(out.name).read_text()
+                    figures |= json.loads(text) if text else {}
+        if not arguments.dry:
+            import torch
+
+            machine["gpu"] = torch.cuda.get_device_name()
+            machine["torch"] = torch.__version__
+    else:
+        machine["gpu"] = "none: nothing was measured"
+    targets = targets_of(figures)
+    result = {
+        "benchmark": "engine_probe_gpu",
+        "machine": machine,
+        "figures": figures,
+        "targets": targets,
+        "missed": missed(figures, targets) + failed,
+    }
+    print(json.dumps(result))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,198 @@
+"""The clock on a device that runs behind the host: order, idleness, lag, failures."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuglass_vllm.gpu_clock import EventClock, WallClock
+
+
+class Device:
+    """A stream with a clock of its own; events are passed when the device gets there."""
+
+    def __init__(self) -> None:
+        self.queued = 0.0
+        """When what is queued will be done, in ms."""
+        self.now = 0.0
+        self.events = 0
+
+    def work(self, ms: float) -> None:
+        self.queued = max(self.queued, self.now) + ms
+
+    def event(self) -> Event:
+        self.events += 1
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.at: float | None = None
+
+    def record(self) -> None:
+        self.at = max(self.device.queued, self.device.now)
+        self.device.queued = self.at
+
+    def query(self) -> bool:
+        return self.at is not None and self.device.now >= self.at
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.query() and end.query(), "asked before the device was there"
+        assert self.at is not None and end.at is not None
+        return end.at - self.at
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, float, float, float]] = []
+
+    def __call__(self, tag: str, busy: float, idle: float, unknown: float) -> None:
+        self.steps.append((tag, round(busy / 1e6, 6), round(idle / 1e6, 6), round(unknown / 1e6, 6)))
+
+
+def run(clock: EventClock[str], device: Device, tag: str, prepare: float, forward: float) -> bool:
+    timed = clock.begin(tag)
+    device.work(prepare)
+    clock.forward()
+    device.work(forward)
+    clock.pause()
+    clock.resume()
+    device.work(0.5)
+    clock.end()
+    return timed
+
+
+def test_a_host_that_is_ahead_leaves_no_idleness() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    for tag in "abc":
+        run(clock, device, tag, 0.25, 3)
+    clock.poll(seen)
+    assert seen.steps == []
+    device.now = 4.0
+    clock.poll(seen)
+    assert seen.steps == [("a", 3.5, 0.25, 0)], "the first step found the device waiting"
+    device.now = 100
+    clock.poll(seen)
+    assert [step[0] for step in seen.steps] == ["a", "b", "c"]
+    assert seen.steps[1:] == [("b", 3.75, 0, 0), ("c", 3.75, 0, 0)]
+
+
+def test_waiting_for_the_host_is_idleness() -> None:
+    """Between two steps, and within one while the batch is prepared."""
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    run(clock, device, "a", 0.25, 3)
+    device.now = 10
+    clock.begin("b")
+    device.now = 12
+    clock.forward()
+    device.work(3)
+    clock.pause()
+    clock.end()
+    device.now = 20
+    clock.poll(seen)
+    assert seen.steps[1][0] == "b"
+    assert seen.steps[1][1] == 3
+    assert seen.steps[1][2] == pytest.approx((10 - 3.75) + 2)
+
+
+def test_only_the_first_graph_of_a_step_marks_its_forward_pass() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    clock.begin("a")
+    device.now = 1
+    for _ in range(3):
+        clock.forward()
+        device.work(2)
+    clock.end()
+    device.now = 50
+    clock.poll(seen)
+    assert seen.steps == [("a", 6, 1, 0)]
+
+
+def test_a_device_that_hangs_costs_no_memory() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event, limit=4)
+    timed = [run(clock, device, str(number), 0, 1) for number in range(100)]
+    assert timed == [True] * 4 + [False] * 96
+    assert len(clock) == 4 and clock.untimed == 96
+    events = device.events
+    device.now = 1000
+    run_again = run(clock, device, "late", 0, 1)
+    assert not run_again
+    assert clock.poll(seen, 100) == 4
+    assert run(clock, device, "next", 0, 1)
+    device.now = 2000
+    clock.poll(seen)
+    tag, busy, idle, unknown = seen.steps[-1]
+    assert (tag, busy) == ("next", 1.5)
+    assert idle == 0 and unknown > 0, "time of steps that were not timed belongs to nobody"
+    assert device.events == events
+
+
+def test_events_are_used_again() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    for number in range(200):
+        run(clock, device, str(number), 0.25, 1)
+        device.now = device.queued
+        clock.poll(seen)
+    assert len(seen.steps) == 200
+    assert device.events < 20
+
+
+def test_a_failed_step_is_not_timed() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    run(clock, device, "a", 0, 1)
+    clock.begin("broken")
+    clock.forward()
+    clock.pause()
+    clock.cancel()
+    run(clock, device, "b", 0, 1)
+    device.now = 100
+    clock.poll(seen)
+    assert [step[0] for step in seen.steps] == ["a", "b"]
+
+
+def test_a_step_without_sampling_ends_with_its_forward_pass() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    for tag in "ab":
+        clock.begin(tag)
+        device.work(2)
+        clock.pause()
+    clock.end()
+    device.now = 100
+    clock.poll(seen)
+    assert [(tag, busy) for tag, busy, _, _ in seen.steps] == [("a", 2), ("b", 2)]
+
+
+def test_events_that_cannot_be_had_are_told_at_once() -> None:
+    def broken() -> Event:
+        raise RuntimeError("no CUDA")
+
+    with pytest.raises(RuntimeError, match="no CUDA"):
+        EventClock[str](broken)
+
+
+def test_the_hosts_clock_counts_what_lies_between_as_idle() -> None:
+    now = [1_000_000_000]
+    seen = Seen()
+    clock = WallClock[str](lambda: now[0])
+
+    def later(ms: float) -> None:
+        now[0] += int(ms * 1e6)
+
+    for tag in "ab":
+        clock.begin(tag)
+        later(5)
+        clock.pause()
+        later(1)
+        clock.resume()
+        later(2)
+        clock.end()
+        later(10)
+    clock.poll(seen)
+    assert seen.steps == [("a", 7, 1, 0), ("b", 7, 11, 0)]
