@@ -107,6 +107,8 @@ def agent_environ(
         "GPUGLASS_GPU_NVML_LIBRARY": str(library),
         "GPUGLASS_SERVER_LISTEN": listen,
         "GPUGLASS_PROC": str(host.proc),
+        # No engine of this machine belongs to the simulated node.
+        "GPUGLASS_ENGINES_ENABLED": "false",
         "GPUGLASS_KUBERNETES_CONTAINER_LOGS": str(host.container_logs),
         "GPUGLASS_KUBERNETES_POD_LOGS": str(host.pod_logs),
         "GPUGLASS_KUBERNETES_POD_RESOURCES_SOCKET": str(folder / "no-kubelet.sock"),

@@ -33,8 +33,8 @@ CONFIG_RELOAD_TIME = _gauge(
 CAPABILITY = _gauge(
     "capability",
     "",
-    "Always 1: what this node lets the agent see by feature (host_pid, pod_resources, container_names), "
-    "with state.",
+    "Always 1: what this node lets the agent see by feature (host_pid, pod_resources, container_names, "
+    "engine_socket, engine_pids), with state.",
     "feature",
     "state",
 )

@@ -83,6 +83,7 @@ def agent(gpus: int, seconds: int) -> Iterator[tuple[int, int]]:
             "FAKE_NVML_SCENARIO": str(file),
             "GPUGLASS_GPU_NVML_LIBRARY": str(build()),
             "GPUGLASS_PROC": str(proc.root),
+            "GPUGLASS_ENGINES_ENABLED": "false",
             "GPUGLASS_SERVER_LISTEN": f"127.0.0.1:{port}",
         }
         command = [sys.executable, "-m", "gpuglass", "agent"]

@@ -67,6 +67,7 @@ def document(tmp_path: Path, config: Mapping[str, Mapping[str, Any]]) -> dict[st
     base: dict[str, dict[str, Any]] = {
         "server": {"listen": "127.0.0.1:0"},
         "gpu": {**FAST, "nvml_library": str(build())},
+        "engines": {"socket": str(tmp_path / "agent.sock")},
         "kubernetes": {
             "pod_resources_socket": str(tmp_path / "no.sock"),
             "container_logs": str(tmp_path / "containers"),
