@@ -212,59 +212,101 @@ class Ledger:
         return step
 
     def _run(self, ids: list[str], computed: list[int], tokens_of: dict[str, int], cached_only: bool) -> Run:
+        """Weights of a batch. Few numpy calls: where requests come and go this is done in every step."""
         slot_of = self._slot_of
-        slots = np.array([slot_of.get(i, -1) for i in ids], dtype=np.int64)
-        tokens = np.array([tokens_of.get(i, 0) for i in ids], dtype=np.int64)
-        context = np.array(computed, dtype=np.int64)
-        known = slots >= 0
-        prefill = context < np.where(known, self._prefill_until[slots], 0)
-        recompute = np.clip(np.where(known, self._lost_until[slots], 0) - context, 0, tokens)
-        total = int(tokens.sum())
-        model = self.model
-        in_prefill, in_decode = model.prefill.token(total), model.decode.token(total)
-        # A token looks at what is before it and at itself: on average half of its own chunk.
-        looked_at = tokens * (context + (tokens + 1) * 0.5)
-        read = context + tokens
-        base = np.where(
-            prefill,
-            in_prefill * tokens
-            + model.prefill.per_token_context * looked_at
-            + model.prefill.per_context * read,
-            in_decode * tokens + model.decode.per_token_context * looked_at + model.decode.per_context * read,
-        )
         run = Run()
         run.ids = ids
         run.requests = len(ids)
-        run.tokens = total
-        run.prefill_tokens = int(tokens[prefill].sum())
-        run.decode_tokens = total - run.prefill_tokens
-        run.prefill_sum = float(base[prefill & known].sum())
-        run.pad_weight = in_decode
+        places = [slot_of.get(i, -1) for i in ids]
+        counts = [tokens_of.get(i, 0) for i in ids]
+        run.tokens = sum(counts)
+        run.pad_weight = self.model.decode.token(run.tokens)
+        context = np.array(computed, dtype=np.int64)
+        if -1 in places:
+            self._unknown(run, places, counts, context)
+            kept = [index for index, place in enumerate(places) if place >= 0]
+            places = [places[index] for index in kept]
+            counts = [counts[index] for index in kept]
+            context = context[kept]
+        slots = np.array(places, dtype=np.int64)
+        until = self._prefill_until[slots]
+        prefill = context < until
+        if prefill.any():
+            self._mixed(run, slots, np.array(counts, dtype=np.int64), context, prefill)
+        elif max(counts, default=0) <= 1:
+            self._decoding(run, slots, context, cached_only)
+        else:
+            self._mixed(run, slots, np.array(counts, dtype=np.int64), context, prefill)
+        run.slots, run.computed = slots, context
+        run.base_sum = float(run.base.sum()) + run.lost
+        if len(self._tenants) == 1:
+            run.single_tenant = NO_TENANT
+        elif not run.lost:
+            tenants = self._tenant[slots]
+            if (tenants == tenants[0]).all():
+                run.single_tenant = self._tenants[int(tenants[0])]
+        return run
+
+    def _decoding(self, run: Run, slots: Any, context: Any, cached_only: bool) -> None:
+        """Every request computes one token behind its prompt. That may be the begin of a row of steps."""
+        phase = self.model.decode
+        slope = phase.per_token_context + phase.per_context
+        run.base = context * slope
+        run.base += run.pad_weight + slope
+        looked_at = int(context.sum())
+        run.decode_tokens += len(slots)
+        run.flops += phase.flops_per_token * len(slots) + phase.flops_per_token_context * (
+            looked_at + len(slots)
+        )
+        self._high[slots] = context + 1
+        if cached_only and len(slots) == run.requests:
+            run.steady = True
+            run.computed_sum = looked_at
+            run.slope = slope
+            run.flops_slope = phase.flops_per_token_context * run.requests
+
+    def _mixed(self, run: Run, slots: Any, tokens: Any, context: Any, prefill: Any) -> None:
+        """Some compute prompts, perhaps again, or several tokens at once."""
+        model = self.model
+        # A token looks at what is before it and at itself: on average half of its own chunk.
+        looked_at = tokens * (context + (tokens + 1) * 0.5)
+        read = context + tokens
+        run.base = np.where(
+            prefill,
+            model.prefill.token(run.tokens) * tokens
+            + model.prefill.per_token_context * looked_at
+            + model.prefill.per_context * read,
+            run.pad_weight * tokens
+            + model.decode.per_token_context * looked_at
+            + model.decode.per_context * read,
+        )
+        prefill_tokens = int(tokens[prefill].sum())
+        run.prefill_tokens += prefill_tokens
+        run.decode_tokens += int(tokens.sum()) - prefill_tokens
+        run.prefill_sum = float(run.base[prefill].sum())
         flops = np.where(
             prefill,
             model.prefill.flops_per_token * tokens + model.prefill.flops_per_token_context * looked_at,
             model.decode.flops_per_token * tokens + model.decode.flops_per_token_context * looked_at,
         )
-        run.flops = float(flops.sum())
-        if not known.all():
-            run.lost = float(base[~known].sum())
-            slots, base, tokens = slots[known], base[known], tokens[known]
-            context, recompute = context[known], recompute[known]
-        run.slots, run.base, run.computed = slots, base, context
-        run.base_sum = float(base.sum()) + run.lost
-        if recompute.any():
-            run.recompute = recompute / np.maximum(tokens, 1)
-        tenants = self._tenant[slots]
-        if len(slots) and not run.lost and (tenants == tenants[0]).all():
-            run.single_tenant = self._tenants[int(tenants[0])]
-        self._high[slots] = context + np.where(prefill[known], tokens, np.minimum(tokens, 1))
-        decodes = total == run.requests and run.prefill_tokens == 0 and int(tokens.max(initial=0)) == 1
-        if cached_only and decodes and not run.lost and run.recompute is None:
-            run.steady = True
-            run.computed_sum = int(context.sum())
-            run.slope = model.decode.per_token_context + model.decode.per_context
-            run.flops_slope = model.decode.flops_per_token_context * run.requests
-        return run
+        run.flops += float(flops.sum())
+        # What was lost lies below `_prefill_until`, so only here tokens can be computed again.
+        again = np.clip(self._lost_until[slots] - context, 0, tokens)
+        if again.any():
+            run.recompute = again / np.maximum(tokens, 1)
+        self._high[slots] = context + np.where(prefill, tokens, np.minimum(tokens, 1))
+
+    def _unknown(self, run: Run, places: list[int], counts: list[int], context: Any) -> None:
+        """Requests beyond `MAX_REQUESTS`: their share is not attributed. Prompts are told by their size."""
+        for place, tokens, before in zip(places, counts, context.tolist(), strict=True):
+            if place < 0:
+                phase = self.model.prefill if tokens > 1 else self.model.decode
+                looked_at = tokens * (before + (tokens + 1) * 0.5)
+                run.lost += phase.token(run.tokens) * tokens + phase.per_token_context * looked_at
+                run.lost += phase.per_context * (before + tokens)
+                run.flops += phase.flops_per_token * tokens + phase.flops_per_token_context * looked_at
+                run.prefill_tokens += tokens if tokens > 1 else 0
+                run.decode_tokens += tokens if tokens <= 1 else 0
 
     def _admit(self, request: Any, tenant_of: Callable[[Any], str]) -> None:
         known = (getattr(request, "prefill_token_ids", None), request.prompt_token_ids)
