@@ -203,28 +203,32 @@ class Ledger:
             slot = self._slot_of.get(request_id)
             if slot is not None:
                 self._resume(slot)
-        ids += cached.req_ids
-        computed += cached.num_computed_tokens
+        ids = ids + cached.req_ids
+        computed = computed + cached.num_computed_tokens
         step = Step(None, ended=tuple(ended), continues=bool(cached.req_ids))
         if output.total_num_scheduled_tokens > 0 and ids:
-            step.run = self._run(ids, computed, tokens_of, not output.scheduled_new_reqs)
+            total = output.total_num_scheduled_tokens
+            step.run = self._run(ids, computed, tokens_of, total, not output.scheduled_new_reqs)
             self._observed, self._k = step.run, 0
         return step
 
-    def _run(self, ids: list[str], computed: list[int], tokens_of: dict[str, int], cached_only: bool) -> Run:
+    def _run(
+        self, ids: list[str], computed: list[int], tokens_of: dict[str, int], total: int, cached_only: bool
+    ) -> Run:
         """Weights of a batch. Few numpy calls: where requests come and go this is done in every step."""
         slot_of = self._slot_of
         run = Run()
         run.ids = ids
         run.requests = len(ids)
-        places = [slot_of.get(i, -1) for i in ids]
-        counts = [tokens_of.get(i, 0) for i in ids]
-        run.tokens = sum(counts)
+        places: list[Any] = list(map(slot_of.get, ids))
+        # As many tokens as requests: one each, for nobody is scheduled for less.
+        counts = [1] * total if total == len(ids) else [tokens_of.get(i, 0) for i in ids]
+        run.tokens = total
         run.pad_weight = self.model.decode.token(run.tokens)
         context = np.array(computed, dtype=np.int64)
-        if -1 in places:
+        if None in places:
             self._unknown(run, places, counts, context)
-            kept = [index for index, place in enumerate(places) if place >= 0]
+            kept = [index for index, place in enumerate(places) if place is not None]
             places = [places[index] for index in kept]
             counts = [counts[index] for index in kept]
             context = context[kept]
@@ -296,10 +300,10 @@ class Ledger:
             run.recompute = again / np.maximum(tokens, 1)
         self._high[slots] = context + np.where(prefill, tokens, np.minimum(tokens, 1))
 
-    def _unknown(self, run: Run, places: list[int], counts: list[int], context: Any) -> None:
+    def _unknown(self, run: Run, places: list[Any], counts: list[int], context: Any) -> None:
         """Requests beyond `MAX_REQUESTS`: their share is not attributed. Prompts are told by their size."""
         for place, tokens, before in zip(places, counts, context.tolist(), strict=True):
-            if place < 0:
+            if place is None:
                 phase = self.model.prefill if tokens > 1 else self.model.decode
                 looked_at = tokens * (before + (tokens + 1) * 0.5)
                 run.lost += phase.token(run.tokens) * tokens + phase.per_token_context * looked_at
