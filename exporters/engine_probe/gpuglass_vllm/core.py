@@ -10,8 +10,10 @@ through the moments at which a request was seen, with its start, preemptions and
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from gpuglass_vllm import identity, kv, marks, records
@@ -33,6 +35,8 @@ _SWEEP_NS = 5_000_000_000
 """How often free cached blocks are counted."""
 _SWEEP_BLOCKS = 20_000
 """Blocks looked at per count; of larger pools, every n-th."""
+_IDLE_NS = 1_000_000_000
+"""How often the pool's state is told while nothing runs."""
 _FREED = 8192
 """Freed cached blocks whose age is known."""
 
@@ -101,7 +105,7 @@ class CoreProbe:
         self._running: dict[str, Open] = {}
         self._changed: dict[str, Open] = {}
         """To be told to the agent."""
-        self._awaiting: dict[str, Open] = {}
+        self.awaiting: dict[str, Open] = {}
         """Scheduled, no token yet."""
         self._tenants = TenantTable()
         self._preemptions: dict[str, int] = {}
@@ -109,7 +113,6 @@ class CoreProbe:
         self._eviction_seconds = 0.0
         self._evicted = False
         self._freed: dict[int, int] = {}
-        self._in_schedule = False
         self._round: Iterator[None] | None = None
         self._round_start = 0
         self._pool_state: records.PoolState | None = None
@@ -143,13 +146,8 @@ class CoreProbe:
         self._open[request.request_id] = self._changed[request.request_id] = opened
         return opened
 
-    def on_schedule_begin(self) -> None:
-        """A step is about to be planned: preemptions from here on come from a full pool."""
-        self._in_schedule = True
-
-    def on_schedule_end(self, output: Any) -> None:
+    def on_schedule(self, output: Any) -> None:
         """A step was planned."""
-        self._in_schedule = False
         now = time.monotonic_ns()
         for new in output.scheduled_new_reqs:
             known = self._open.get(new.req_id)
@@ -163,23 +161,23 @@ class CoreProbe:
                 back = self._open.get(request_id) if request_id in resumed else None
                 if back is not None:
                     self._resumed(back, int(computed), now)
-        self._look(now)
+        if self._round is not None or now - self._round_start >= SEE_EVERY_NS:
+            self._look(now)
 
     def on_update(self) -> None:
-        """A step's tokens are known."""
-        if self._awaiting:
-            now = time.monotonic_ns()
-            for request_id, opened in list(self._awaiting.items()):
-                if len(opened.request.output_token_ids) > 0:
-                    opened.first_token_ns = now
-                    del self._awaiting[request_id]
-                    with self._tenants.lock:
-                        self._count_prompt(opened, opened.request.num_prompt_tokens)
+        """A step's tokens are known, and there are requests that waited for their first."""
+        now = time.monotonic_ns()
+        for request_id, opened in list(self.awaiting.items()):
+            if len(opened.request.output_token_ids) > 0:
+                opened.first_token_ns = now
+                del self.awaiting[request_id]
+                with self._tenants.lock:
+                    self._count_prompt(opened, opened.request.num_prompt_tokens)
 
     def on_preempt(self, request: Any) -> None:
         """A running request is about to lose its blocks."""
         now = time.monotonic_ns()
-        cause = "kv_full" if self._in_schedule else "cache_reset"
+        cause = "kv_full" if _called_by("schedule") else "cache_reset"
         opened = self._open.get(request.request_id)
         mark = opened.mark if opened is not None else marks.NONE
         with self._tenants.lock:
@@ -220,7 +218,7 @@ class CoreProbe:
         if opened is None:
             params = getattr(request, "sampling_params", None) or getattr(request, "pooling_params", None)
             opened = Open(request, marks.get(params), now)
-        self._awaiting.pop(request.request_id, None)
+        self.awaiting.pop(request.request_id, None)
         self._running.pop(request.request_id, None)
         self._changed.pop(request.request_id, None)
         if self._kv.on and self.pool is not None:
@@ -274,7 +272,7 @@ class CoreProbe:
     def _scheduled(self, opened: Open, now: int) -> None:
         if opened.scheduled_ns < 0:
             opened.scheduled_ns = now
-            self._awaiting[opened.request.request_id] = opened
+            self.awaiting[opened.request.request_id] = opened
         opened.running = True
         self._running[opened.request.request_id] = self._changed[opened.request.request_id] = opened
         opened.seen_ns = now
@@ -292,8 +290,6 @@ class CoreProbe:
     def _look(self, now: int) -> None:
         """Look at some running requests; a round over all of them ends with the pool's own state."""
         if self._round is None:
-            if now - self._round_start < SEE_EVERY_NS:
-                return
             self._round_start = now
             self._round = self._look_around()
         if next(self._round, self) is self:
@@ -406,10 +402,11 @@ class CoreProbe:
         now = time.monotonic_ns()
         if self._kv.on and now - self._cached[0] > _SWEEP_NS:
             self._kv.run(self._sweep, now)
-        if not self._open and self.pool is not None and now - self._round_start > 2 * SEE_EVERY_NS:
-            # No step comes any more to say that the pool is empty.
-            self._kv.run(self._note_pool, 0)
         state = self._pool_state
+        if not self._running and (state is None or state.running or now - state.at > _IDLE_NS):
+            # No step comes that would say it.
+            self._kv.run(self._note_pool, 0)
+            state = self._pool_state
         if state is not None and (everything or state is not self._pool_sent):
             self._pool_sent = state
             yield state
@@ -496,16 +493,6 @@ def install(scheduler_class: type) -> None:
     _around(scheduler_class, "core.requests", "add_request", lambda probe, a, k: probe.on_add(request(a, k)))
     _around(
         scheduler_class,
-        "core.steps",
-        "schedule",
-        lambda probe, a, k: probe.on_schedule_begin(),
-        lambda probe, output: probe.on_schedule_end(output),
-    )
-    _around(
-        scheduler_class, "core.tokens", "update_from_output", after=lambda probe, output: probe.on_update()
-    )
-    _around(
-        scheduler_class,
         "core.preemptions",
         "_preempt_request",
         lambda probe, a, k: probe.on_preempt(request(a, k)),
@@ -513,6 +500,37 @@ def install(scheduler_class: type) -> None:
     _around(
         scheduler_class, "core.outcomes", "_free_request", lambda probe, a, k: probe.on_free(request(a, k))
     )
+    # Once per step: as few calls as can be.
+    steps = table.hook("core.steps")
+    if wrap(scheduler_class, "schedule", steps, after=_planned):
+        steps.activate()
+    tokens = table.hook("core.tokens")
+    if wrap(scheduler_class, "update_from_output", tokens, after=_updated):
+        tokens.activate()
+
+
+def _planned(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+    probe = _probes.get(id(scheduler))
+    if probe is not None:
+        probe.on_schedule(result)
+
+
+def _updated(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+    probe = _probes.get(id(scheduler))
+    if probe is not None and probe.awaiting:
+        probe.on_update()
+
+
+def _called_by(name: str) -> bool:
+    """Whether a function of that name is among the callers nearby. Slow, for rare events."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(16):
+        if frame is None:
+            break
+        if frame.f_code.co_name == name:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _one(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -520,7 +538,7 @@ def _one(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     return args[0] if args else kwargs[name]
 
 
-def _around(owner: type, name: str, method: str, before: Any = None, after: Any = None) -> None:
+def _around(owner: type, name: str, method: str, before: Callable[..., None]) -> None:
     hook = table.hook(name)
 
     def first(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -528,12 +546,7 @@ def _around(owner: type, name: str, method: str, before: Any = None, after: Any 
         if probe is not None:
             before(probe, args, kwargs)
 
-    def last(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
-        probe = _probes.get(id(scheduler))
-        if probe is not None:
-            after(probe, result)
-
-    if wrap(owner, method, hook, before=first if before else None, after=last if after else None):
+    if wrap(owner, method, hook, before=first):
         hook.activate()
 
 

@@ -357,7 +357,7 @@ def test_whatever_happens_tenants_are_the_sum_of_their_requests(plan: list[tuple
         for one in list(asked):
             scheduler.finish(one, "FINISHED_ABORTED")
         drain()
-        assert probe._open == probe._running == probe._awaiting == {}
+        assert probe._open == probe._running == probe.awaiting == {}
         expected: dict[str, Counter[str]] = {}
         for end in events(probe, records.RequestEnd):
             into = expected.setdefault(end.tenant, Counter())
