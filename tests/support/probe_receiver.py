@@ -23,6 +23,9 @@ from gpuglass_vllm import records
 
 R = TypeVar("R")
 
+_ALWAYS = (records.ProbeState, records.PoolState, records.AllocatorState)
+"""Said even by an engine that does nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -54,6 +57,10 @@ class ProbeReceiver:
     """Bytes of the largest packet."""
     _seen: set[tuple[str, int]] = field(default_factory=set)
 
+    def senders(self) -> dict[str, records.Hello]:
+        """The last hello of each sender, by its name."""
+        return {hello.sender: hello for _, hello in list(self.hellos)}
+
     def of(self, kind: type[R], role: str = "") -> list[R]:
         """All records of a kind, oldest first."""
         return [h.record for h in list(self.heard) if isinstance(h.record, kind) and role in ("", h.role)]
@@ -67,6 +74,21 @@ class ProbeReceiver:
                 raise AssertionError(f"{what} did not hold within {seconds:g} s; heard: {kinds}")
             time.sleep(0.02)
         return result
+
+    def settle(self, quiet: float = 0.8, seconds: float = 20) -> None:
+        """Wait until nothing new but the probe's own state was said for `quiet` seconds."""
+        until = time.monotonic() + seconds
+        count, since = -1, time.monotonic()
+        while time.monotonic() - since < quiet:
+            assert time.monotonic() < until, f"records still come after {seconds:g} s"
+            now = sum(not isinstance(h.record, _ALWAYS) for h in list(self.heard))
+            if now != count:
+                count, since = now, time.monotonic()
+            time.sleep(0.02)
+
+    def forget(self) -> None:
+        """Forget the records so far, and not who speaks and which sums were taken in."""
+        self.heard.clear()
 
     def tenant(self, name: str = records.NO_TENANT, role: str = "") -> dict[str, Any]:
         """All sums of a tenant added up, `requests` by outcome."""

@@ -1,0 +1,174 @@
+"""A real vLLM server with the probe, and the real agent: what an operator sees in /metrics."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.samples import Exemplar
+
+from gpuglass.demo.scenario import Scenario
+from tests.exporters.engine_probe.conftest import Probed
+from tests.support.agent import RunningAgent, running_agent
+from tests.support.load import Load, Reply, complete, running_load, tokens, trace_id, traceparent
+from tests.support.vllm import BLOCK_TOKENS, KV_BLOCKS
+
+pytestmark = [pytest.mark.needs("vllm", "cc"), pytest.mark.timeout(400)]
+
+POOL = KV_BLOCKS - 1
+AWAY_SECONDS = 60
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
+
+
+def _config(probed: Probed) -> dict[str, Any]:
+    return {"engines": {"socket": str(probed.socket)}}
+
+
+@pytest.fixture
+def agent(probed: Probed, tmp_path: Path) -> Iterator[RunningAgent]:
+    """An agent that hears all roles of the server."""
+    with running_agent(tmp_path, Scenario().gpus(1), _config(probed)) as running:
+        _wait_for_engine(running)
+        yield running
+
+
+def _wait_for_engine(agent: RunningAgent) -> None:
+    agent.wait(lambda: agent.value("gpuglass_engine_up", model_name="tiny") == 1, "engine_up", 20)
+    agent.wait(lambda: agent.samples("gpuglass_engine_info"), "engine_info", 20)
+
+
+def _exemplars(agent: RunningAgent, name: str) -> list[tuple[dict[str, str], Exemplar]]:
+    """Labels and exemplar of all samples of that name which have one."""
+    text = agent.fetch(accept=OPEN_METRICS).text
+    return [
+        (sample.labels, sample.exemplar)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and sample.exemplar
+    ]
+
+
+def test_the_request_that_hogs_the_kv_cache_is_named(probed: Probed, agent: RunningAgent) -> None:
+    replies: dict[str, Reply] = {}
+
+    def ask(name: str, number: int, prompt: int, output: int) -> None:
+        headers = {"traceparent": traceparent(number), "X-Request-Id": name, "x-tenant": name}
+        replies[name] = complete(probed.address, tokens(prompt, number), output, headers=headers)
+
+    hog = threading.Thread(target=ask, args=("hog", 200, 1600, 200))
+    hog.start()
+    time.sleep(0.5)
+    small = [threading.Thread(target=ask, args=(f"small-{n}", 201 + n, 100, 100)) for n in range(4)]
+    for thread in small:
+        thread.start()
+    shares: list[tuple[str, float]] = []
+    named_meanwhile = []
+    while hog.is_alive():
+        # One scrape: what is told at one moment.
+        ratios = agent.samples("gpuglass_kv_holder_ratio", path="/metrics/fast")
+        assert sum(s.value for s in ratios) <= 1.0
+        shares += [(s.labels["tenant"], s.value) for s in ratios if s.labels["holder"] == "1"]
+        exemplars = _exemplars(agent, "gpuglass_kv_hog_seconds_total")
+        if hog.is_alive():
+            named_meanwhile += [exemplar.labels["trace_id"] for _, exemplar in exemplars]
+        time.sleep(0.2)
+    for thread in (hog, *small):
+        thread.join()
+    assert all(reply.ok for reply in replies.values())
+    truth = -(-(1600 + 200 - 1) // BLOCK_TOKENS) / POOL
+    assert {tenant for tenant, share in shares if share > 0.25} == {"hog"}
+    assert max(share for _, share in shares) == pytest.approx(truth, rel=0.02)
+    assert named_meanwhile and set(named_meanwhile) == {trace_id(200)}
+
+    def peak() -> list[Exemplar]:
+        found = _exemplars(agent, "gpuglass_kv_request_peak_ratio_bucket")
+        return [exemplar for _, exemplar in found if exemplar.labels.get("trace_id") == trace_id(200)]
+
+    (exemplar,) = agent.wait(peak, "the hog's peak", 20)
+    assert exemplar.value == pytest.approx(truth, rel=0.02)
+    pushed = agent.wait(lambda: _exemplars(agent, "gpuglass_request_preemptions_total"), "preemptions", 20)
+    (((labels, exemplar)),) = pushed
+    assert labels["cause"] == "kv_full"
+    assert exemplar.labels["trace_id"] in {trace_id(201 + n) for n in range(4)}
+    assert exemplar.labels["holder_trace_id"] == trace_id(200)
+    # The requests that were pushed out carry their own traces, each where its duration lies.
+    durations = _exemplars(agent, "gpuglass_request_duration_seconds_bucket")
+    preempted = {e.labels["trace_id"] for at, e in durations if at["preempted"] == "true"}
+    assert preempted and preempted <= {trace_id(201 + n) for n in range(4)}
+    total = sum(
+        agent.value("gpuglass_tenant_preemptions_total", tenant=f"small-{n}") or 0.0 for n in range(4)
+    )
+    assert total >= 2 and total == agent.value("gpuglass_request_preemptions_total", cause="kv_full")
+    assert not agent.value("gpuglass_tenant_preemptions_total", tenant="hog")
+
+
+def _streams(tenants: tuple[str, ...]) -> dict[str, Any]:
+    def stream(tenant: str, seed: int) -> Any:
+        return lambda n: {
+            "prompt": tokens(20 + n % 60, seed + n % 7),
+            "max_tokens": 3 + n % 20,
+            "headers": {"x-tenant": tenant},
+        }
+
+    return {tenant: stream(tenant, 30 + number) for number, tenant in enumerate(tenants)}
+
+
+def _totals(agent: RunningAgent, tenant: str) -> tuple[float, float, float]:
+    """Requests, prompt and output tokens that the agent counts for a tenant."""
+    return (
+        agent.value("gpuglass_tenant_requests_total", tenant=tenant, outcome="length") or 0.0,
+        agent.value("gpuglass_tenant_tokens_total", tenant=tenant, kind="prompt") or 0.0,
+        agent.value("gpuglass_tenant_tokens_total", tenant=tenant, kind="output") or 0.0,
+    )
+
+
+def _gpu_seconds(agent: RunningAgent) -> tuple[float, float]:
+    """GPU-seconds of all tenants, and those that the workers divided over requests."""
+    tenants = sum(s.value for s in agent.samples("gpuglass_tenant_gpu_seconds_total"))
+    parts = agent.samples("gpuglass_engine_gpu_seconds_total")
+    return tenants, sum(s.value for s in parts if s.labels["part"] in ("prefill", "decode"))
+
+
+def test_tenant_totals_survive_a_minute_without_the_agent_and_its_kill(
+    probed: Probed, tmp_path: Path
+) -> None:
+    """The agent hangs for a minute under load, is killed and started anew: nothing is lost or doubled."""
+    tenants = ("mercury", "venus", "mars")
+    first_folder, second_folder = tmp_path / "first", tmp_path / "second"
+    for folder in (first_folder, second_folder):
+        folder.mkdir()
+    with running_agent(first_folder, Scenario().gpus(1), _config(probed)) as agent:
+        _wait_for_engine(agent)
+        with running_load(probed.address, _streams(tenants)) as before:
+            time.sleep(5)
+        truth = {tenant: before.usage(tenant) for tenant in tenants}
+        agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 20)
+        # What was published is what was acknowledged once the next round is there.
+        agent.wait(lambda: _gpu_seconds(agent)[0] > 0, "GPU-seconds", 20)
+        agent.process.send_signal(signal.SIGSTOP)
+        with running_load(probed.address, _streams(tenants)) as away:
+            time.sleep(AWAY_SECONDS)
+            agent.stop(signal.SIGKILL)
+            with running_agent(second_folder, Scenario().gpus(1), _config(probed)) as second:
+                _wait_for_engine(second)
+                time.sleep(3)
+                away.stop()
+                _see_all(second, away, tenants)
+    assert not before.failed() and not away.failed()
+    assert away.answered() > 200
+
+
+def _see_all(agent: RunningAgent, load: Load, tenants: tuple[str, ...]) -> None:
+    truth = {tenant: load.usage(tenant) for tenant in tenants}
+    agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 20)
+    divided = _gpu_seconds(agent)
+    assert divided[0] == pytest.approx(divided[1], rel=1e-6)
+    assert divided[0] > AWAY_SECONDS / 4
+    time.sleep(6)  # another round of the slow tier changes nothing
+    assert {t: _totals(agent, t) for t in tenants} == truth

@@ -1,0 +1,172 @@
+"""A real vLLM serves as well with the probe as without it, whatever goes wrong in the probe or around it."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuglass_vllm import records
+from tests.exporters.engine_probe.conftest import MIDDLEWARE, TENANTS, Probed
+from tests.support.load import complete, complete_all, tokens
+from tests.support.probe_receiver import ProbeReceiver, running_receiver
+from tests.support.vllm import SMALL_POOL, run_offline, running_vllm
+
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
+
+OFFLINE = Path(__file__).with_name("offline_generate.py")
+DISK_MEGABYTES = 256
+
+
+@pytest.fixture
+def small_disk(short_path: Path) -> Iterator[Path]:
+    """An empty file system of its own."""
+    folder = short_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "gpuglass-test", str(folder)]
+    subprocess.run(["mount", *options], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _fill(folder: Path) -> None:
+    with (folder / "ballast").open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+
+
+FAULTY = (
+    *("frontend.requests", "frontend.answers", "frontend.refusals", "frontend.middleware"),
+    *("core.kv", "core.requests", "core.steps", "core.tokens", "core.outcomes", "core.preemptions"),
+    *("worker.steps", "worker.experts", "worker.work_model", "worker.padding"),
+)
+"""All but those without which nothing is installed, so that the others are reached."""
+
+
+@pytest.mark.needs("root")
+def test_hooks_raise_and_the_disk_is_full(probe_site: Path, deepseek: Path, small_disk: Path) -> None:
+    faulty = {"GPUGLASS_FAULT": ",".join(FAULTY), "TMPDIR": str(small_disk), "HOME": str(small_disk)}
+    socket = small_disk / "agent.sock"
+    args = (*SMALL_POOL, *MIDDLEWARE)
+    with (
+        running_receiver(socket) as heard,
+        running_vllm(
+            small_disk, deepseek, args, site=probe_site, socket=socket, env=faulty | TENANTS
+        ) as server,
+    ):
+        for _ in range(4):  # after three errors a hook is off
+            assert complete(server.address, tokens(20, 1), 3).output_tokens == 3
+            assert complete(server.address, tokens(20, 1), 1_000_000).status == 400
+        complete(server.address, tokens(20, 2), 1000, hang_up_after=3)
+        _fill(small_disk)
+        requests = [
+            # Together they need more blocks than there are: some are preempted.
+            {"prompt": tokens(10 + n % 90, n), "max_tokens": 1 + n % 40, "stream": n % 3 == 0}
+            for n in range(120)
+        ]
+        replies = complete_all(server.address, requests)
+        assert [(r.status, r.error, r.output_tokens) for r in replies] == [
+            (200, "", 1 + n % 40) for n in range(120)
+        ]
+        assert server.is_healthy()
+        heard.settle()
+
+        def states() -> dict[str, str]:
+            hellos = heard.senders().values()
+            return {c.hook: c.state for hello in hellos for c in hello.capabilities if c.hook in FAULTY}
+
+        heard.wait(lambda: "active" not in states().values(), "hooks off")
+        met = {hook for hook, state in states().items() if state == "disabled"}
+        assert met >= {
+            *("frontend.requests", "frontend.answers", "frontend.refusals", "frontend.middleware"),
+            *("core.requests", "core.steps", "core.tokens", "core.outcomes"),
+        }
+        raised: dict[str, int] = {}
+        for state in heard.of(records.ProbeState):
+            raised.update(state.hook_errors)
+        assert {hook: raised.get(hook) for hook in met} == dict.fromkeys(met, 3)
+
+
+def test_10_000_queued_requests_and_a_receiver_that_reads_nothing(probed: Probed) -> None:
+    """The socket fills, events are dropped and counted, no request fails; in the end the sums are whole."""
+    heard = ProbeReceiver()
+    with running_receiver(probed.socket, into=heard):
+        heard.wait(lambda: len(heard.senders()) >= 3, "all roles")
+        heard.settle()
+        heard.forget()
+    with running_receiver(probed.socket, reads=False):
+        time.sleep(6)  # all roles have tried again by now
+        many = [
+            {
+                "prompt": [[part, n % 251, n // 251, 7] for n in range(500)],
+                "max_tokens": 1 + part % 3,
+                "headers": {"x-tenant": f"crowd-{part % 2}"},
+            }
+            for part in range(20)
+        ]
+        replies = complete_all(probed.address, many, at_once=20)
+        assert [(r.status, r.error) for r in replies] == [(200, "")] * 20
+        assert [r.output_tokens for r in replies] == [500 * (1 + part % 3) for part in range(20)]
+        assert all(r.finish_reasons == ("length",) * 500 for r in replies)
+    with running_receiver(probed.socket, into=heard):
+        heard.wait(lambda: heard.of(records.TenantSums, "core"), "sums", 20)
+        heard.settle()
+    assert not heard.faults
+    for tenant in range(2):
+        total = heard.tenant(f"crowd-{tenant}")
+        assert total["requests"] == {"length": 5000}
+        assert total["prompt_tokens"] == 4 * 5000
+        assert total["output_tokens"] == sum(r.output_tokens for r in replies[tenant::2])
+    attributed = sum(step.attributed_ns for step in heard.of(records.StepSums))
+    assert sum(heard.tenant(f"crowd-{n}")["gpu_ns"] for n in range(2)) == pytest.approx(attributed)
+    # 20,000 events of the frontend and 10,000 of the core do not fit into their queues of 4,096.
+    dropped = {
+        role: max(state.dropped for state in heard.of(records.ProbeState, role))
+        for role in ("frontend", "core")
+    }
+    assert dropped["frontend"] >= 20_000 - 4096 - 1000 and dropped["core"] >= 10_000 - 4096 - 1000
+    assert not any(state.hook_errors for state in heard.of(records.ProbeState))
+
+
+def test_tokens_are_bit_identical_with_and_without_the_probe(
+    probe_site: Path, deepseek: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, one process, greedy, all requests queued before the first step: then vLLM is deterministic."""
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    request = {
+        "model": str(deepseek),
+        # Some are preempted: 16 × (100 to 250) tokens do not fit into the pool.
+        "prompts": [tokens(60 + 10 * n, n) for n in range(16)],
+        "max_tokens": [40 + n for n in range(16)],
+    }
+    first = run_offline(OFFLINE, request, folder=short_path, env=one_process)
+    second = run_offline(OFFLINE, request, folder=short_path, env=one_process)
+    assert first == second, "void: vLLM itself is not deterministic here"
+    assert [len(ids) for ids in first] == request["max_tokens"]
+    assert len({tuple(ids) for ids in first}) > 8, "void: all requests give the same tokens"
+    socket = short_path / "agent.sock"
+    with running_receiver(socket) as heard:
+        probed = run_offline(
+            OFFLINE, request, folder=short_path, site=probe_site, socket=socket, env=one_process
+        )
+        ends = heard.of(records.RequestEnd)
+    assert probed == first
+    assert not heard.faults
+    assert {hello.role for hello in heard.senders().values()} == {"frontend", "core", "worker"}
+    assert len({pid for pid, _ in heard.hellos}) == 1  # one process, three connections
+    assert sorted(end.output_tokens for end in ends) == sorted(request["max_tokens"])
+    assert heard.of(records.Preemption)
+    assert heard.tenant()["output_tokens"] == sum(request["max_tokens"])
+    assert heard.tenant()["gpu_ns"] > 0
+    faulty = one_process | {"GPUGLASS_FAULT": "all"}
+    broken = run_offline(OFFLINE, request, folder=short_path, site=probe_site, socket=socket, env=faulty)
+    assert broken == first
+    assert "failed and may switch itself off: InjectedFault" in (short_path / "offline.log").read_text()
