@@ -21,6 +21,10 @@ MAX_CHARACTERS = 128
 _TRACE_ID = re.compile(r"[0-9a-f]{32}\Z")
 _NO_TRACE = "0" * 32
 
+_PLAIN = str.maketrans({'"': "_", "\\": "_", "\n": "_"})
+"""Not every parser of OpenMetrics reads an escaped character in an exemplar (prometheus_client does not), and
+one that cannot loses the whole scrape; no sane id has such characters."""
+
 Names = Sequence[tuple[str, str]]
 """Label names and values, the most wanted first."""
 
@@ -78,6 +82,7 @@ def fit(names: Names) -> dict[str, str]:
     labels: dict[str, str] = {}
     left = MAX_CHARACTERS
     for name, value in names:
+        value = value.translate(_PLAIN)
         if not labels:
             value = value[: left - len(name)]
         need = len(name) + len(value)

@@ -638,8 +638,8 @@ class Ledger:
     def _allocator(self, sender: Sender, record: records.AllocatorState, now_ns: int) -> None:
         _, engine = self._places[sender.number]
         worker = engine.account.worker(sender.hello.rank)
-        if worker is not None and (worker.allocator is None or record.at >= worker.allocator.at):
-            worker.allocator = record
+        if worker is not None:
+            worker.allocated(record)
 
     def _out_of_memory(self, sender: Sender, record: records.OutOfMemory, now_ns: int) -> None:
         server, engine = self._places[sender.number]

@@ -109,6 +109,16 @@ class WorkerTotals:
         self.allocator = None
         self.flops_at.clear()
 
+    def allocated(self, state: AllocatorState) -> None:
+        """The allocator's latest word. A count that sank was reset by somebody, and goes on from there."""
+        old = self.allocator
+        if old is not None:
+            if state.at < old.at:
+                return
+            self._retries_before += old.retries if state.retries < old.retries else 0
+            self._ooms_before += old.ooms if state.ooms < old.ooms else 0
+        self.allocator = state
+
     @property
     def retries(self) -> int:
         """Of this worker and those before it."""

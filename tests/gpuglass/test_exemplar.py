@@ -38,6 +38,7 @@ def names(request: RequestRef) -> dict[str, str]:
         (RequestRef("r" * 78, "", TRACE), {"trace_id": TRACE, "request_id": "r" * 78}),
         (RequestRef("r" * 79, "", TRACE), {"trace_id": TRACE}),
         (RequestRef("r" * 100, "x" * 20), {"request_id": "r" * 100}),
+        (RequestRef('r"1\\2\n'), {"request_id": "r_1_2_"}),
         (RequestRef("r" * 128, "", ""), {"request_id": "r" * 118}),
     ],
 )

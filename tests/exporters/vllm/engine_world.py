@@ -83,13 +83,18 @@ class World:
             self.now = min(end, self.now + SECOND // 2)
             self.ledger.tick(self.now)
 
-    def exposition(self) -> str:
-        """Both tiers as a scrape in OpenMetrics gets them."""
+    def published(self) -> Batch:
+        """Publish both tiers; gives the slow one."""
         self._fast = fast_batch(self.ledger, self._fast)
         self._slow = slow_batch(self.ledger, self._slow, self.now)
         self.store.publish("fast", self._fast)
         self.store.publish("slow", self._slow)
-        return self.store.exposition(frozenset(Tier), negotiate(OPENMETRICS)).decode()
+        return self._slow
+
+    def exposition(self, accept: str = OPENMETRICS) -> str:
+        """Both tiers as a scrape gets them."""
+        self.published()
+        return self.store.exposition(frozenset(Tier), negotiate(accept)).decode()
 
     def samples(self) -> list[Sample]:
         """The exposition, parsed; read once until something happens."""
