@@ -61,14 +61,13 @@ class Endpoint:
             raise
         return listening
 
-    @property
     def is_ours(self) -> bool:
         """Whether the path still leads to the socket that we listen on: cleaners of /run and /tmp exist."""
         return self._identity is not None and _identity(self.path) == self._identity
 
     def remove(self) -> None:
         """Remove the socket if it is still ours, so that senders see at once that nobody listens."""
-        if self.is_ours:
+        if self.is_ours():
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._identity = None

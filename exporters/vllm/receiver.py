@@ -19,7 +19,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,6 +43,12 @@ MAX_SEQ = 2**62
 PACKETS_PER_TURN = 16
 """Packets read of one sender before the others have their turn."""
 ACCEPTS_PER_TURN = 64
+ARRIVALS_PER_SECOND = 20.0
+ARRIVALS_BURST = 512.0
+"""New connections of one user: who comes and goes all the time makes the ledger remember engines that have
+gone."""
+USERS = 256
+"""Users whose arrivals are remembered."""
 BURST_SECONDS = 2.0
 TICK = 1.0
 """Seconds between looks at what only time changes."""
@@ -106,6 +112,7 @@ class Receiver:
         self._connections: dict[int, Connection] = {}
         self._by_name: dict[str, Connection] = {}
         self._of_user: Counter[int] = Counter()
+        self._arrivals: OrderedDict[int, Budget] = OrderedDict()
         self._resume: list[tuple[float, int]] = []
         self._numbers = 0
         self._listening: socket.socket | None = None
@@ -258,7 +265,7 @@ class Receiver:
             refusal = Refusal.NOT_ALLOWED
         elif len(self._connections) >= limits.senders:
             refusal = Refusal.TOO_MANY_SENDERS
-        elif self._of_user[peer.uid] >= limits.senders_per_user:
+        elif self._of_user[peer.uid] >= limits.senders_per_user or self._comes_too_often(peer.uid, now):
             refusal = Refusal.TOO_MANY_OF_USER
         if refusal is not None:
             self._note(refusal, peer, now)
@@ -276,6 +283,18 @@ class Receiver:
         self._connections[connection.number] = connection
         self._of_user[peer.uid] += 1
         self._selector.register(accepted, selectors.EVENT_READ, connection)
+
+    def _comes_too_often(self, uid: int, now: float) -> bool:
+        budget = self._arrivals.get(uid)
+        if budget is None:
+            if len(self._arrivals) >= USERS:
+                self._arrivals.popitem(last=False)
+            budget = self._arrivals[uid] = Budget(ARRIVALS_PER_SECOND, ARRIVALS_BURST, at=now)
+        self._arrivals.move_to_end(uid)
+        if budget.wait(now) > 0:
+            return True
+        budget.take(1, now)
+        return False
 
     def _close(self, connection: Connection, refusal: Refusal | None = None) -> None:
         """End a connection; what it had not been acknowledged its sender sends again on the next one."""
@@ -521,7 +540,7 @@ class Receiver:
         if self._listening is None:
             if now >= self._reopen_at:
                 self._reopen()
-        elif not self.endpoint.is_ours:
+        elif not self.endpoint.is_ours():
             LOG.info("%s was removed or replaced; making it again", self.endpoint.path)
             self._reopen()
         with self._sink.lock:

@@ -83,7 +83,11 @@ class Budget:
         """Take tokens; gives the seconds until there is one again, 0 if there is."""
         self.tokens = min(self.burst, self.tokens + self.rate * max(0.0, now - self.at)) - cost
         self.at = now
-        return 0.0 if self.tokens > 0 else (1 - self.tokens) / self.rate
+        return max(0.0, (1 - self.tokens) / self.rate)
+
+    def wait(self, now: float) -> float:
+        """Seconds until there is a token; 0 if there is one now."""
+        return self.take(0, now)
 
 
 class Strikes:

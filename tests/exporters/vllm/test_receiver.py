@@ -527,6 +527,21 @@ def test_one_user_cannot_take_all_places(tmp_path: Path, monkeypatch: pytest.Mon
         rig.works()
 
 
+def test_who_comes_and_goes_all_the_time_is_not_let_in_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ARRIVALS_BURST", 5.0)
+    monkeypatch.setattr(module, "ARRIVALS_PER_SECOND", 0.001)
+    with running_receiver(tmp_path) as rig:
+        for number in range(5):
+            rig.connect(hello(sender=f"s{number}")).close()
+        rig.wait(lambda: len(rig.sink.left) == 5)
+        assert rig.connect().is_closed()
+        assert rig.refused(Refusal.TOO_MANY_OF_USER) == 1
+        as_uid(monkeypatch, 4711)
+        rig.works()
+
+
 def test_a_flood_waits_and_is_not_lost_and_others_are_heard_meanwhile(tmp_path: Path) -> None:
     slow = LimitsConfig(records_per_second=2000)  # bursts of 4,000
     with running_receiver(tmp_path, limits=slow) as rig:
