@@ -402,7 +402,7 @@ class Ledger:
             padding_ns = padding * rate
             totals.padding += padding_ns
             totals.unattributed += lost
-            totals.attributed += busy_ns - padding_ns - lost
+            totals.attributed += max(0.0, busy_ns - padding_ns - lost)
             totals.prefill += run.prefill_sum * rate
             totals.prefill_tokens += run.prefill_tokens
             totals.decode_tokens += run.decode_tokens

@@ -146,6 +146,8 @@ class Probe:
                 _watch_replays(self)
             self.link = Link(ROLE, WorkerSource(self))
             self.link.start()
+        if self.experts is not None:
+            self.experts.routing.capture_end()  # also if a capture failed on the way
         self.live = True
 
     def _describe_device(self) -> None:
