@@ -1,14 +1,15 @@
 """How long each step took, measured on the device without ever waiting for it.
 
-`EventClock` records CUDA events on the engine's stream where a step begins, where its forward pass begins (if
-a captured graph tells) and where it ends, and reads them later, in order, once the device has passed them.
-`WallClock` is for engines on a CPU. Both give, per step, the busy time and the idle time before it.
+`EventClock` records CUDA events on the engine's stream and reads them later, in order, once the device has
+passed them. `WallClock` is for engines on a CPU. Both give, per step, the busy time and the idle time before
+it.
 
-Between begin and end the stream can run dry: the host prepares the batch while nothing is queued. If the
-device had already passed the begin event when the forward pass was launched, it waited for the host, and the
-time up to the forward pass counts as idle; the few copies of the preparation that ran then are counted as
-idle with it. If it had not, the device was behind the host, and the whole step was busy. What the host could
-not feed inside an eager forward pass cannot be told and counts as busy.
+An event costs the host some ten microseconds, so there are as few as possible. While the device is behind the
+host, a step begins where the one before ended, and one event per step is enough. If the device has passed the
+last step's end when a step begins, or when its first captured graph is about to be launched, it waits for
+the host: another event is recorded there, and the time up to it counts as idle (with the few copies of the
+preparation that ran then). What the host could not feed inside an eager forward pass cannot be told and
+counts as busy.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 Tag = TypeVar("Tag")
+
+_AT_ONCE = 16
+"""Steps whose passing is asked for with one query."""
 
 MAX_OUTSTANDING = 512
 """Steps whose end the device has not passed; more are not timed (their time goes to unattributed)."""
@@ -40,14 +44,14 @@ ns)."""
 
 
 class _Entry(Generic[Tag]):
-    __slots__ = ("begin", "drained", "end", "forward", "gap", "tag")
+    __slots__ = ("begin", "end", "forwarded", "gap", "tag")
 
-    def __init__(self, tag: Tag, begin: Event, gap: bool) -> None:
+    def __init__(self, tag: Tag, gap: bool) -> None:
         self.tag = tag
-        self.begin = begin
-        self.forward: Event | None = None
+        self.begin: Event | None = None
+        """Where it begins, if that is not where the step before ended."""
         self.end: Event | None = None
-        self.drained = False
+        self.forwarded = False
         self.gap = gap
         """Steps before this one were not timed."""
 
@@ -57,14 +61,23 @@ class EventClock(Generic[Tag]):
 
     kind = "cuda"
 
-    def __init__(self, new_event: Callable[[], Event], limit: int = MAX_OUTSTANDING) -> None:
-        """Raises what `new_event` raises, if events cannot be had."""
+    def __init__(
+        self,
+        new_event: Callable[[], Event],
+        record: Callable[[Any], None] = lambda event: event.record(),
+        limit: int = MAX_OUTSTANDING,
+    ) -> None:
+        """`record` puts an event on the engine's stream. Raises what `new_event` raises."""
         self._new_event = new_event
+        self._record = record
         self._limit = limit
         self._pool: list[Event] = [new_event() for _ in range(8)]
         self._queue: deque[_Entry[Tag]] = deque()
         self._open: _Entry[Tag] | None = None
+        self._newest: Event | None = None
+        """End of the last step that was queued."""
         self._last_end: Event | None = None
+        """End of the last step that was delivered."""
         self._missed = False
         self.untimed = 0
         """Steps that were not timed because the device was too far behind."""
@@ -74,36 +87,33 @@ class EventClock(Generic[Tag]):
 
     def begin(self, tag: Tag) -> bool:
         """A step begins on the current stream. False: it is not timed."""
-        if self._open is not None and self._open.end is not None:
-            self._queue.append(self._open)  # its sampling never came: it ended with the forward pass
-            self._open = None
-        self.cancel()
+        if self._open is not None:
+            self.end()  # its sampling never came
         if len(self._queue) >= self._limit:
             self._missed = True
             self.untimed += 1
             return False
-        event = self._take()
-        event.record()
-        self._open = _Entry(tag, event, self._missed)
+        entry = self._open = _Entry(tag, self._missed)
         self._missed = False
+        newest = self._newest
+        if newest is None or entry.gap or newest.query():
+            entry.begin = self._recorded()
         return True
 
     def forward(self) -> None:
-        """The step's forward pass is about to be launched."""
+        """A captured graph of the step is about to be launched; only the first one tells something."""
         entry = self._open
-        if entry is None or entry.forward is not None:
+        if entry is None or entry.forwarded:
             return
-        entry.drained = entry.begin.query()
-        event = self._take()
-        event.record()
-        entry.forward = event
+        entry.forwarded = True
+        if entry.begin is None:
+            if self._newest is not None and self._newest.query():
+                entry.begin = self._recorded()
+        elif entry.begin.query():
+            self._record(entry.begin)
 
     def pause(self) -> None:
-        """The forward pass is queued. If no sampling follows, the step has ended here."""
-        entry = self._open
-        if entry is not None:
-            entry.end = self._take()
-            entry.end.record()
+        """The forward pass is queued; sampling follows."""
 
     def resume(self) -> None:
         """The host comes back to the step."""
@@ -111,53 +121,62 @@ class EventClock(Generic[Tag]):
     def end(self) -> None:
         """All of the step is queued."""
         entry, self._open = self._open, None
-        if entry is None:
-            return
-        if entry.end is None:
-            entry.end = self._take()
-        entry.end.record()
-        self._queue.append(entry)
+        if entry is not None:
+            entry.end = self._newest = self._recorded()
+            self._queue.append(entry)
 
     def cancel(self) -> None:
         """The step failed: it is not timed."""
         entry, self._open = self._open, None
         if entry is not None:
-            self._pool += [event for event in (entry.begin, entry.forward, entry.end) if event is not None]
             self._missed = True
+            if entry.begin is not None:
+                self._pool.append(entry.begin)
 
-    def poll(self, deliver: Deliver[Tag], limit: int = 4) -> int:
+    def poll(self, deliver: Deliver[Tag], limit: int = 8) -> int:
         """Deliver at most `limit` steps that the device has passed, oldest first; how many there were."""
-        done = 0
         queue = self._queue
-        while done < limit and queue:
-            entry = queue[0]
-            end = entry.end
-            if end is None or not end.query():
+        passed = 0
+        while passed < min(limit, len(queue)):
+            # The last of several: events are passed in order.
+            ahead = min(limit, len(queue), passed + _AT_ONCE)
+            end = queue[ahead - 1].end
+            if end is not None and end.query():
+                passed = ahead
+            elif ahead == passed + 1:
                 break
-            queue.popleft()
-            done += 1
-            idle = unknown = 0.0
-            if self._last_end is not None:
-                before = max(0.0, self._last_end.elapsed_time(entry.begin)) * 1e6
-                if entry.gap:
-                    unknown = before
-                else:
-                    idle = before
-                self._pool.append(self._last_end)
-            busy = max(0.0, entry.begin.elapsed_time(end)) * 1e6
-            if entry.forward is not None:
-                if entry.drained:
-                    waited = min(busy, max(0.0, entry.begin.elapsed_time(entry.forward)) * 1e6)
-                    busy -= waited
-                    idle += waited
-                self._pool.append(entry.forward)
-            self._pool.append(entry.begin)
-            self._last_end = end
-            deliver(entry.tag, busy, idle, unknown)
-        return done
+            else:
+                limit = min(limit, passed + (ahead - passed) // 2)
+        for _ in range(passed):
+            self._deliver(queue.popleft(), deliver)
+        return passed
 
-    def _take(self) -> Event:
-        return self._pool.pop() if self._pool else self._new_event()
+    def _deliver(self, entry: _Entry[Tag], deliver: Deliver[Tag]) -> None:
+        before, begin, end = self._last_end, entry.begin, entry.end
+        assert end is not None
+        idle = unknown = 0.0
+        if begin is None:
+            assert before is not None, "a step without a begin follows one that ended"
+            busy = _ns(before, end)
+        else:
+            busy = _ns(begin, end)
+            if before is not None:
+                pause = _ns(before, begin)
+                idle, unknown = (0.0, pause) if entry.gap else (pause, 0.0)
+            self._pool.append(begin)
+        if before is not None:
+            self._pool.append(before)
+        self._last_end = end
+        deliver(entry.tag, busy, idle, unknown)
+
+    def _recorded(self) -> Event:
+        event = self._pool.pop() if self._pool else self._new_event()
+        self._record(event)
+        return event
+
+
+def _ns(begin: Event, end: Event) -> float:
+    return max(0.0, begin.elapsed_time(end)) * 1e6
 
 
 class WallClock(Generic[Tag]):

@@ -163,10 +163,7 @@ class Link:
             self._socket = None
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._wake.wait(INTERVAL)
-            if self._stopping:
-                return
+        while not self._wake.wait(INTERVAL):
             with self._lock:
                 try:
                     self._flush()

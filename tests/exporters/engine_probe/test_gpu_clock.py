@@ -71,7 +71,7 @@ def test_a_host_that_is_ahead_leaves_no_idleness() -> None:
     assert seen.steps == []
     device.now = 4.0
     clock.poll(seen)
-    assert seen.steps == [("a", 3.5, 0.25, 0)], "the first step found the device waiting"
+    assert seen.steps == [("a", 3.5, 0, 0)], "before the first step nothing is known"
     device.now = 100
     clock.poll(seen)
     assert [step[0] for step in seen.steps] == ["a", "b", "c"]
@@ -97,6 +97,55 @@ def test_waiting_for_the_host_is_idleness() -> None:
     assert seen.steps[1][2] == pytest.approx((10 - 3.75) + 2)
 
 
+def test_a_device_that_runs_dry_while_the_batch_is_prepared_is_idle() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    run(clock, device, "a", 0.25, 3)
+    device.now = 3
+    clock.begin("b")
+    device.now = 5
+    clock.forward()
+    device.work(3)
+    clock.end()
+    device.now = 20
+    clock.poll(seen)
+    assert seen.steps[1] == ("b", 3, 5 - 3.75, 0)
+
+
+def test_a_device_that_is_behind_costs_one_event_per_step() -> None:
+    device, seen = Device(), Seen()
+    recorded: list[Event] = []
+
+    def record(event: Event) -> None:
+        recorded.append(event)
+        event.record()
+
+    clock = EventClock[str](device.event, record)
+    for number in range(10):
+        run(clock, device, str(number), 0.25, 3)
+    assert len(recorded) == 10 + 2, "the first one had a begin, recorded again before its forward pass"
+    device.now = 1000
+    while clock.poll(seen):
+        pass
+    assert sum(busy for _, busy, _, _ in seen.steps) == pytest.approx(3.5 + 9 * 3.75)
+
+
+@pytest.mark.parametrize("passed", range(41))
+@pytest.mark.parametrize("limit", [1, 8, 100])
+def test_what_the_device_has_passed_is_delivered_and_no_more(passed: int, limit: int) -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    for number in range(40):
+        run(clock, device, str(number), 0, 0.5)
+    device.now = float(passed)
+    total = 0
+    while found := clock.poll(seen, limit):
+        assert found <= limit
+        total += found
+    assert total == passed
+    assert [tag for tag, _, _, _ in seen.steps] == [str(number) for number in range(passed)]
+
+
 def test_only_the_first_graph_of_a_step_marks_its_forward_pass() -> None:
     device, seen = Device(), Seen()
     clock = EventClock[str](device.event)
@@ -108,7 +157,7 @@ def test_only_the_first_graph_of_a_step_marks_its_forward_pass() -> None:
     clock.end()
     device.now = 50
     clock.poll(seen)
-    assert seen.steps == [("a", 6, 1, 0)]
+    assert seen.steps == [("a", 6, 0, 0)]
 
 
 def test_a_device_that_hangs_costs_no_memory() -> None:
