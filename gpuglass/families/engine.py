@@ -42,16 +42,16 @@ SHARES = (
     0.7, 0.8, 0.9, 0.95, 1.0,
 )  # fmt: skip
 
-_NO_CORE = (
-    "The engine's core is not connected, or its probe cannot see this (the capabilities of the probe say so)."
-)
+_NO_CORE = "The engine's core is not connected, or its probe cannot see this (gpuglass_probe_capability)."
 _NO_POOL = "The engine's core is not connected, or the size of its pool or of a block is unknown."
-_NO_WORKER = "No worker with this rank has said so; the capabilities of the probe say what it cannot see."
+_NO_WORKER = (
+    "No worker with this rank has said so; gpuglass_probe_capability tells what its probe cannot see."
+)
 _NO_REQUEST = "No request ended this way since the agent started, or none of them had this phase."
 _NO_TENANT = "Nothing of this tenant was seen on this engine since the agent started."
 _NO_EXPERTS = (
     "No expert was counted in the last minute: no mixture-of-experts model, an idle engine, or routing that "
-    "cannot be seen (the capabilities of the probe say so)."
+    "cannot be seen (gpuglass_probe_capability)."
 )
 
 

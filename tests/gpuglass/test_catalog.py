@@ -11,7 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from gpuglass import catalog
-from gpuglass.families import engine, gpu
+from gpuglass.families import engine, gpu, probe
 from gpuglass.family import Batch, CatalogError, Family, Histogram, Kind, Owner, Tier
 from gpuglass.store import Store, negotiate
 from gpuglass_vllm import records
@@ -84,7 +84,8 @@ def test_what_is_of_a_gpu_starts_with_device_and_gpu_uuid_and_nothing_else_has_t
     of_a_gpu = family in vars(gpu).values() and not of_the_node(family)
     assert (family.labels[:2] == ("device", "gpu_uuid")) == of_a_gpu
     assert ("device" in family.labels) == of_a_gpu
-    assert ("gpu_uuid" in family.labels) == of_a_gpu or of_a_worker(family)
+    claimed = family is probe.INFO
+    assert ("gpu_uuid" in family.labels) == (of_a_gpu or of_a_worker(family) or claimed)
 
 
 def of_a_worker(family: Family) -> bool:
@@ -95,10 +96,9 @@ def of_a_worker(family: Family) -> bool:
 def test_what_is_of_an_engine_starts_with_its_labels_and_a_workers_go_on_with_rank_and_card(
     family: Family,
 ) -> None:
-    ours = family in vars(engine).values() and "model_name" in family.labels
+    of_a_sender = family.labels[: len(probe.SENDER)] == probe.SENDER
     assert ("model_name" in family.labels) == (family.labels[: len(engine.ENGINE)] == engine.ENGINE)
-    assert ("rank" in family.labels) == of_a_worker(family)
-    assert not of_a_worker(family) or ours
+    assert ("rank" in family.labels) == (of_a_worker(family) or of_a_sender)
 
 
 def test_buckets_of_sums_are_those_of_the_record_stream() -> None:
