@@ -57,7 +57,15 @@ _MAX_CHARACTERS = {
     "hook": 64,
     "hook_errors": 64,
 }
-_LEAST = {"queue_ns": -1, "prefill_ns": -1, "decode_ns": -1, "first_token_ns": -1, "rank": -1}
+_LEAST = {
+    "queue_ns": -1,
+    "prefill_ns": -1,
+    "decode_ns": -1,
+    "first_token_ns": -1,
+    "rank": -1,
+    "waste_tokens": -1,
+}
+"""Whole numbers that say "unknown" or "none" by -1."""
 _LEAST_ANY = {"clock_offset_ns"}
 
 _OUTCOMES = frozenset(records.OUTCOMES)

@@ -56,6 +56,8 @@ EXPIRE_NS = 900_000_000_000
 RETIRE_NS = 600_000_000_000
 """How long the account of an engine outlives its processes: several scrapes, whatever their interval."""
 MAX_ACCOUNTS = 512
+WORKLOAD = 3
+"""Labels of the workload, the last ones of an engine."""
 _SWEEP_NS = 5_000_000_000
 _LIKELY_CLOCK_S = 3600.0
 """A time that is further from now than this comes from a wrong clock offset."""
@@ -144,6 +146,7 @@ class Ledger:
         if place is None:
             place = self._places[sender.number] = self._arrived(sender)
         _, engine = place
+        self._relabel(engine, sender)
         if hello.role == CORE and hello.pool is not None:
             engine.pool = hello.pool
             for totals in engine.account.tenants.values():
@@ -236,6 +239,21 @@ class Ledger:
             load = ExpertLoad(self.settings.expert_window, self.settings.expert_matrix)
             account = self.accounts[labels] = Account(labels, load)
         return account
+
+    def _relabel(self, engine: Engine, sender: Sender) -> None:
+        """Give an engine the names of its workload, which may be known only seconds after it connected."""
+        account = engine.account
+        known = labels_of(sender)[-WORKLOAD:]
+        if sum(map(bool, known)) <= sum(map(bool, account.labels[-WORKLOAD:])):
+            return
+        old = account.labels
+        wanted = Labels(*old[:-WORKLOAD], *known)._replace(server=sender.hello.server)
+        labels = free_labels(wanted, self._live())
+        if self.accounts.get(old) is account:
+            del self.accounts[old]
+        # An account that lay there idle was scraped under these labels: to a reader its counters start anew.
+        account.labels = labels
+        self.accounts[labels] = account
 
     def _drop_oldest_account(self) -> None:
         idle = [(a.idle_since, labels) for labels, a in self.accounts.items() if a.idle_since is not None]

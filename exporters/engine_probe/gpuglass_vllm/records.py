@@ -292,7 +292,7 @@ class PoolState(_Record, tag="pool", frozen=True, kw_only=True):
     cached_blocks: int = 0
     """Free blocks that still hold a reusable prefix."""
     waste_tokens: int = 0
-    """Empty places in the last blocks of running requests."""
+    """Empty places in the last blocks of running requests; -1 if unknown."""
     running: int = 0
     waiting: int = 0
 

@@ -403,3 +403,38 @@ def test_a_gauge_goes_with_its_core_and_a_counter_ten_minutes_later() -> None:
     world.wait(30)
     assert world.find(families.UP) == world.find(families.TENANT_TOKENS) == []
     assert world.ledger.accounts == world.ledger.servers == {}
+
+
+def test_names_of_the_workload_may_come_later_and_totals_go_along() -> None:
+    world = World()
+    core = world.connect("core")
+    world.tell(core, records.TenantSums(tenant="acme", output_tokens=5))
+    core.namespace, core.pod, core.container = "prod", "vllm-0", "engine"
+    world.ledger.hello(core)
+    world.tell(core, records.TenantSums(tenant="acme", output_tokens=2))
+    (tokens,) = world.find(families.TENANT_TOKENS, kind="output")
+    assert tokens.value == 7
+    assert tokens.labels["workload_namespace"] == "prod"
+    assert (tokens.labels["workload_pod"], tokens.labels["workload_container"]) == ("vllm-0", "engine")
+    other = world.connect("core", instance="b")
+    world.tell(other, records.TenantSums(tenant="acme", output_tokens=1))
+    assert len(world.find(families.UP)) == 2
+    other.namespace, other.pod, other.container = core.workload
+    world.ledger.hello(other)
+    world.tell(other, records.TenantSums(tenant="acme", output_tokens=1))
+    assert world.value(families.TENANT_TOKENS, kind="output", server="2") == 2
+
+
+def test_a_new_configuration_admits_more_tenants_and_takes_no_series_away() -> None:
+    world = World(LedgerSettings(tenants=1))
+    core = world.connect("core")
+
+    def told(tenant: str) -> set[str]:
+        world.tell(core, records.TenantSums(tenant=tenant, output_tokens=1))
+        return {s.labels["tenant"] for s in world.find(families.TENANT_TOKENS)}
+
+    assert told("a") | told("b") == {"a", "other"}
+    world.ledger.reconfigure(LedgerSettings(tenants=2, requests=1))
+    assert told("b") == {"a", "b", "other"}
+    world.ledger.reconfigure(LedgerSettings(tenants=1))
+    assert told("c") == {"a", "b", "other"}
