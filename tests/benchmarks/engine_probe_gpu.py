@@ -9,7 +9,8 @@ running requests:
 - GPU time of the probe's own kernels as a share of all kernel time, by torch.profiler;
 - step time with hooks on and off in blocks that alternate in one process: paired medians, 95 % interval;
 - CPU time of hooks and of the probe's threads as a share of step time; steps longer than their neighbours;
-- over 60 s of mixed load, the probe's GPU time against the profiler's kernel time in windows of that minute.
+- over 60 s of mixed load, the probe's GPU time against the profiler's kernel time in windows of a repeat; the
+  same for decode steps at each number of requests.
 
 Ends with one JSON line. Without a GPU it says so and gives no figures.
 """
@@ -17,6 +18,7 @@ Ends with one JSON line. Without a GPU it says so and gives no figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -88,8 +90,8 @@ TINY = {
 PROMPT = 64
 BLOCK, SKIP = 20, 4
 """Steps per block with hooks on or off, and how many at its begin are left out."""
-WINDOW = 0.6
-"""Seconds of each profiled window in the minute of mixed load."""
+WINDOWS = 8
+"""Profiled windows of steps in the minute of mixed load."""
 TARGETS = {
     "probe_gpu_percent": "<= 0.1",
     "hook_cpu_percent": "<= 1",
@@ -121,6 +123,10 @@ def receive(path: str, ready: Any = None) -> None:
     listening.listen(16)
 
     def serve(connection: socket.socket) -> None:
+        with contextlib.suppress(ConnectionError):
+            answer(connection)
+
+    def answer(connection: socket.socket) -> None:
         while data := connection.recv(1 << 17):
             seq = msgspec.msgpack.decode(data)["seq"]
             if seq:
@@ -380,7 +386,7 @@ class Bench:
         while time.monotonic() < deadline:
             time.sleep(0.3)
             experts = self.probe.experts
-            if experts._taking is None and not experts._window.seen_tokens:
+            if experts._taking is None and experts._seen == experts._seen_before:
                 return
         say("counts were not told in time")
 
@@ -452,6 +458,38 @@ class Bench:
         Worker.load_model = load_model
 
     # (b)
+
+    def decode_time(self, requests: int, steps: int) -> None:
+        """Busy time of decode steps by the probe, without the profiler, against their kernels with it."""
+        self.every(self.default_every)
+        probe, add = self.probe, self.probe.ledger.add
+        busy: list[float] = []
+
+        def tapped(step: Any, busy_ns: float, idle_ns: float = 0.0, unattributed_ns: float = 0.0) -> None:
+            busy.append(busy_ns)
+            add(step, busy_ns, idle_ns, unattributed_ns)
+
+        self.settle()
+        probe.ledger.add = tapped
+        self.generate(requests, steps + 60)
+        self.settle()
+        probe.ledger.add = add
+        profiler = Profiler()
+
+        def before(index: int, output: Any) -> None:
+            if index == 20:
+                profiler.start()
+            elif index == 20 + steps:
+                profiler.stop()
+
+        self.taps.start(before)
+        self.generate(requests, steps + 60)
+        self.taps.before = None
+        mine = sum(busy[20 : 20 + steps])
+        seen = spans(profiler.result())
+        self.put("decode_busy_us", mine / steps / 1e3, requests)
+        for name in ("kernel_sum", "union_0us", "union_2us", "union_10us"):
+            self.put(f"decode_busy_against_{name}_percent", (mine / seen[name] - 1) * 100, requests)
 
     def kernels(self, requests: int, every: int, steps: int) -> dict[str, float]:
         """Kernel time of some decode steps by the profiler: of all kernels, of ours, and per step (µs)."""
@@ -536,64 +574,84 @@ class Bench:
     # (f)
 
     def minute(self, seconds: float, open_requests: int = 64) -> None:
-        """Mixed load; in windows, what the probe took as busy against the kernels that the profiler saw."""
+        """Mixed load: the probe's sums against the kernel time that the profiler sees.
+
+        The profiler slows the host down, and what the host cannot feed the device waits for. So the load runs
+        twice, step by step the same: once without the profiler, for what the probe takes as busy in each
+        step, then with it for some windows of steps, for the kernels of these steps.
+        """
+        self.every(self.default_every)
+        told, busy, elapsed = self.mixed(open_requests, seconds=seconds)
+        gpu_ns = sum(
+            told.get(name, 0) for name in ("attributed_ns", "padding_ns", "dummy_ns", "unattributed_ns")
+        )
+        self.put("minute_seconds", elapsed)
+        self.put("minute_steps", told.get("steps", 0))
+        self.put("minute_gpu_seconds", gpu_ns / 1e9)
+        self.put("minute_idle_seconds", told.get("idle_ns", 0) / 1e9)
+        self.put("minute_padding_percent", told.get("padding_ns", 0) / max(gpu_ns, 1) * 100)
+        self.put("minute_sums_percent_off", abs(sum(busy) / gpu_ns - 1) * 100)
+        if not self.cuda:
+            return
+        width = 25
+        begins = [int(len(busy) * (number + 0.5) / WINDOWS) for number in range(WINDOWS)]
+        windows: list[list[tuple[int, int, str]]] = []
+        profilers: list[Profiler] = []
+
+        def before(index: int, output: Any) -> None:
+            if index in begins:
+                profilers.append(Profiler())
+                profilers[-1].start()
+            elif index - width in begins:
+                profilers[-1].stop()
+                windows.append(profilers[-1].result())
+
+        self.mixed(open_requests, steps=begins[-1] + width + 1, before=before)
+        mine = sum(sum(busy[begin : begin + width]) for begin in begins)
+        kernels: dict[str, float] = {}
+        for window in windows:
+            for name, value in spans(window).items():
+                kernels[name] = kernels.get(name, 0.0) + value
+        self.put("window_steps", len(windows) * width)
+        self.put("window_busy_seconds", mine / 1e9)
+        for name, value in kernels.items():
+            self.put(f"window_{name}_seconds", value / 1e9)
+            self.put(f"busy_against_{name}_percent", (mine / value - 1) * 100)
+        self.put("gpu_time_against_kernels_percent_off", abs(mine / kernels["union_2us"] - 1) * 100)
+
+    def mixed(
+        self,
+        open_requests: int,
+        seconds: float = 0.0,
+        steps: int = 0,
+        before: Callable[[int, Any], None] | None = None,
+    ) -> tuple[dict[str, float], list[float], float]:
+        """Prompts and answers of many lengths, for some seconds or steps; the same at each call.
+
+        Returns what was told in sums, the busy time of each step (ns), and the seconds it took.
+        """
         from vllm import SamplingParams
 
-        self.every(self.default_every)
         probe = self.probe
-        busy = [0.0, 0.0]
+        busy: list[float] = []
         add = probe.ledger.add
 
         def tapped(step: Any, busy_ns: float, idle_ns: float = 0.0, unattributed_ns: float = 0.0) -> None:
-            busy[0] += busy_ns + unattributed_ns
-            busy[1] += idle_ns
+            busy.append(busy_ns + unattributed_ns)
             add(step, busy_ns, idle_ns, unattributed_ns)
 
-        probe.ledger.add = tapped
-
-        def drained() -> tuple[float, float]:
-            synchronize(self.cuda)
-            with probe.lock:
-                while probe.clock.poll(probe._deliver, 64):
-                    pass
-            return busy[0], busy[1]
-
-        windows: list[dict[str, float]] = []
-        state: dict[str, Any] = {"next": 0.0, "profiler": None}
-        gap = max(3.0, seconds / 9)
-
-        def before(index: int, output: Any) -> None:
-            now = time.monotonic() - begin
-            if state["profiler"] is None:
-                if now >= state["next"] and now < seconds - 2 * WINDOW:
-                    state["at"] = drained()
-                    state["profiler"] = profiler = Profiler()
-                    profiler.start()
-                    state["first"] = index
-                    state["until"] = now + WINDOW
-            elif now >= state["until"]:
-                ours = drained()
-                state["profiler"].stop()
-                window = spans(state["profiler"].result())
-                window["busy"] = ours[0] - state["at"][0]
-                window["idle"] = ours[1] - state["at"][1]
-                window["steps"] = index - state["first"]
-                windows.append(window)
-                state["profiler"] = None
-                state["next"] = now + gap
-
-        drained()
         self.settle()
         self.tap.reset()
+        probe.ledger.add = tapped
         rng = random.Random(1)
         engine = self.llm.llm_engine
         limit = self.model_config["vocab_size"] // 2
         longest = 300 if self.arguments.dry else 2000
         begin = time.monotonic()
-        self.taps.start(before if self.cuda else None)
-        number = open_now = 0
+        self.taps.start(before)
+        number = open_now = done = 0
         while True:
-            going = time.monotonic() - begin < seconds
+            going = done < steps if steps else time.monotonic() - begin < seconds
             while going and open_now < open_requests:
                 prompt = [rng.randrange(limit) for _ in range(rng.randrange(32, longest))]
                 params = SamplingParams(
@@ -609,34 +667,12 @@ class Bench:
             if not going and not engine.has_unfinished_requests():
                 break
             open_now -= sum(output.finished for output in engine.step())
+            done += 1
         self.taps.before = None
-        drained()
         elapsed = time.monotonic() - begin
         self.settle()
-        rows = self.taps.rows
-        told = dict(self.tap.steps)
-        gpu_ns = sum(
-            told.get(name, 0) for name in ("attributed_ns", "padding_ns", "dummy_ns", "unattributed_ns")
-        )
-        self.put("minute_seconds", elapsed)
-        self.put("minute_steps", told.get("steps", 0))
-        self.put("minute_gpu_seconds", gpu_ns / 1e9)
-        self.put("minute_idle_seconds", told.get("idle_ns", 0) / 1e9)
-        self.put("minute_padding_percent", told.get("padding_ns", 0) / max(gpu_ns, 1) * 100)
-        if self.cuda:
-            self.put("minute_stream_seconds", rows[0].event.elapsed_time(rows[-1].event) / 1e3)
-        if not windows:
-            return
-        total = {name: sum(window[name] for window in windows) for name in windows[0]}
-        self.put("windows", len(windows))
-        self.put("window_steps", total["steps"])
-        self.put("window_busy_seconds", total["busy"] / 1e9)
-        self.put("window_idle_seconds", total["idle"] / 1e9)
-        for name in total:
-            if name.startswith(("kernel", "union")):
-                self.put(f"window_{name}_seconds", total[name] / 1e9)
-                self.put(f"busy_against_{name}_percent", (total["busy"] / total[name] - 1) * 100)
-        self.put("gpu_time_against_kernels_percent_off", abs(total["busy"] / total["union_10us"] - 1) * 100)
+        probe.ledger.add = add
+        return dict(self.tap.steps), busy, elapsed
 
     def flush_cost(self) -> None:
         """GPU time of one copy of the counts, which happens every two seconds beside the engine's stream."""
@@ -687,6 +723,7 @@ class Bench:
                 seen = self.kernels(requests, self.default_every, 2 * steps)
                 self.put("probe_gpu_percent", seen["own"] / seen["total"] * 100, requests)
                 self.put("smallest_every_for_0.1_percent", max(1, -(-counted // 0.1)), requests)
+                self.decode_time(requests, steps)
             if "c" in parts:
                 full = {4: 2400, 64: 1600, 256: 900}.get(requests, 1200)
                 tokens = 60 if arguments.dry else full // 3 if quick else full

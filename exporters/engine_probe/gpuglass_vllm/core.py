@@ -23,9 +23,9 @@ from gpuglass_vllm.tenants import TenantTable
 
 logger = logging.getLogger("gpuglass_vllm")
 
-SEE_EVERY_NS = 200_000_000
+SEE_EVERY_NS = 240_000_000
 """A round through the running requests starts so often."""
-_SLICE = 32
+_SLICE = 16
 """Running requests looked at per step."""
 MAX_OPEN = 20_000
 """Requests followed one by one; what is beyond still counts in the sums when it ends."""

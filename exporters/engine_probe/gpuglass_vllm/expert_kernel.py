@@ -143,29 +143,44 @@ class DeviceCounts:
         self._addresses = _Uploads(8, width, torch.int64, device)
         self._token_rows = _Uploads(4, (max_tokens + 15) // 16 * 16, torch.uint8, device)
         self._bins = bins(layout.experts)
+        self._compiled: dict[Any, Any] = {}
+        self._fast = True
 
     def warm_up(self) -> None:
         """Compile the kernels and run them once on nothing, so that no step waits for a compiler."""
         layers, experts = len(self._layout.layers), self._layout.experts
         table, counts = self._tables[0], self._current.counts
         rows = torch.zeros(16, dtype=torch.uint8, device=self._device)
-        for wide in (False, True):
-            for block in BLOCKS:
-                gpuglass_count[layers, 1](
-                    table, counts, 0, 0, experts, self._bins, block, wide, num_warps=_warps(block)
-                )
-                gpuglass_count_by_tenant[layers, 1](
-                    table,
-                    counts,
-                    rows,
-                    layers,
-                    0,
-                    self._layout.top_k,
-                    experts,
-                    block,
-                    wide,
-                    num_warps=_warps(block),
-                )
+        top_k = self._layout.top_k
+
+        def all_kinds() -> None:
+            for wide in (False, True):
+                for block in BLOCKS:
+                    shape = (experts, self._bins, block, wide)
+                    self._launch(gpuglass_count, (layers, 1), block, table, counts, 0, 0, *shape)
+                    by_tenant = (layers, 0, top_k, experts, block, wide)
+                    grid = (layers, 1)
+                    self._launch(gpuglass_count_by_tenant, grid, block, table, counts, rows, *by_tenant)
+
+        all_kinds()
+        try:
+            all_kinds()
+        except Exception:
+            # Another Triton wants to be called otherwise: slower, and just as right.
+            self._fast = False
+            self._compiled.clear()
+
+    def _launch(self, kernel: Any, grid: tuple[int, int], block: int, *arguments: Any) -> None:
+        """Launch a kernel. From the second time on without Triton's look-up, which costs more than the
+        launch; the arguments are alike enough: addresses are multiples of 16, numbers are not specialised."""
+        key = (kernel, arguments[-2:])
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1)](*arguments)
+            return
+        compiled = kernel[grid](*arguments, num_warps=_warps(block))
+        if self._fast and compiled is not None:
+            self._compiled[key] = compiled
 
     def add(self, choices: Choices, tokens: int, rows: int | Sequence[tuple[int, int]]) -> bool:
         """See `experts.Counts`. Queues one kernel on the current stream."""
@@ -182,7 +197,10 @@ class DeviceCounts:
         block = block_for(n)
         grid = (layers, (n + block - 1) // block)
         if isinstance(rows, int):
-            gpuglass_count[grid](
+            self._launch(
+                gpuglass_count,
+                grid,
+                block,
                 table,
                 buffer.counts,
                 rows * layers,
@@ -191,14 +209,16 @@ class DeviceCounts:
                 self._bins,
                 block,
                 size == 8,
-                num_warps=_warps(block),
             )
         else:
             row, width = np.array(rows, dtype=np.int64).T
             token_rows = self._token_rows.put(np.repeat(row, width).astype(np.uint8))
             if token_rows is None:
                 return False
-            gpuglass_count_by_tenant[grid](
+            self._launch(
+                gpuglass_count_by_tenant,
+                grid,
+                block,
                 table,
                 buffer.counts,
                 token_rows,
@@ -208,7 +228,6 @@ class DeviceCounts:
                 experts,
                 block,
                 size == 8,
-                num_warps=_warps(block),
             )
         buffer.last.record()
         buffer.used = True

@@ -24,7 +24,7 @@ import numpy as np
 
 from gpuglass_vllm.records import MAX_PACKET, ExpertSums, HotExperts
 
-EVERY_CUDA = 8
+EVERY_CUDA = 16
 """Default: one step in so many is counted on a CUDA device, chosen by tests/benchmarks/engine_probe_gpu.py.
 """
 EVERY_CPU = 1
@@ -257,16 +257,22 @@ class Experts:
         self._window = Window()
         self._taking: Window | None = None
         self._next = now() + INTERVAL
+        self._seen = self._seen_before = 0
+        """Tokens of all steps so far, and of those that were handed out."""
+        self._counting = False
+        """A step that is to be counted is under way."""
         self._position = 0
         self._chosen = 0
         self._random = 12345
 
-    def begin(self) -> bool:
-        """A step with requests begins; whether it is one to be counted.
+    def begin(self, tokens: int) -> bool:
+        """A step with so many tokens begins; whether it is one to be counted.
 
         One step of each `every` is chosen at random, so that nothing that repeats hides from the count.
         """
         chosen = self._position == self._chosen
+        self._counting = chosen
+        self._seen += tokens
         self._position += 1
         if self._position >= self.every:
             self._position = 0
@@ -276,15 +282,18 @@ class Experts:
             self.routing.begin()
         return chosen
 
-    def finish(
-        self, tokens: int, chosen: bool, single: str | None, spans: Callable[[], list[tuple[str, int]]]
-    ) -> None:
-        """The forward pass is queued. `single` is the tenant of all tokens; if there are several, `spans`
-        tells (tenant, tokens) of each request in the batch's order."""
-        choices = self.routing.take(tokens) if chosen else None
+    def cancel(self) -> None:
+        """The step failed."""
+        self._counting = False
+        self.routing.drop()
+
+    def finish(self, tokens: int, single: str | None, spans: Callable[[], list[tuple[str, int]]]) -> None:
+        """The forward pass of a step to be counted is queued. `single` is the tenant of all tokens; if there
+        are several, `spans` tells (tenant, tokens) of each request in the batch's order."""
+        choices = self.routing.take(tokens)
         with self._lock:
+            self._counting = False
             window = self._window
-            window.seen_tokens += tokens
             if choices is None or window.counted_tokens + tokens > MAX_COUNTED:
                 return
             rows: int | list[tuple[int, int]]
@@ -305,9 +314,12 @@ class Experts:
             if self._now() < self._next or self.routing.capturing is not None:
                 return [], None
             with self._lock:
-                if not self._window.seen_tokens:
+                seen = self._seen
+                # A step's tokens are counted in the window that saw them.
+                if seen == self._seen_before or self._counting:
                     return [], None
                 self._taking, self._window = self._window, Window()
+                self._taking.seen_tokens, self._seen_before = seen - self._seen_before, seen
                 self._counts.swap()
         counts = self._counts.collect()
         if counts is None:

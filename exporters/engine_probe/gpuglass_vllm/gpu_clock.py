@@ -44,14 +44,16 @@ ns)."""
 
 
 class _Entry(Generic[Tag]):
-    __slots__ = ("begin", "end", "forwarded", "gap", "tag")
+    __slots__ = ("begin", "end", "forwarded", "gap", "tag", "unseen")
 
-    def __init__(self, tag: Tag, gap: bool) -> None:
+    def __init__(self, tag: Tag, gap: bool, unseen: bool) -> None:
         self.tag = tag
         self.begin: Event | None = None
         """Where it begins, if that is not where the step before ended."""
         self.end: Event | None = None
         self.forwarded = False
+        self.unseen = unseen
+        """It was not looked yet whether the device waits."""
         self.gap = gap
         """Steps before this one were not timed."""
 
@@ -85,20 +87,28 @@ class EventClock(Generic[Tag]):
     def __len__(self) -> int:
         return len(self._queue)
 
-    def begin(self, tag: Tag) -> bool:
-        """A step begins on the current stream. False: it is not timed."""
+    def begin(self, tag: Tag, graph: bool = False) -> bool:
+        """A step begins on the current stream. False: it is not timed.
+
+        `graph` says that `forward` is sure to follow: whether the device waits is looked at there.
+        """
         if self._open is not None:
             self.end()  # its sampling never came
         if len(self._queue) >= self._limit:
             self._missed = True
             self.untimed += 1
             return False
-        entry = self._open = _Entry(tag, self._missed)
+        entry = self._open = _Entry(tag, self._missed, graph)
         self._missed = False
+        if not graph:
+            self._look(entry)
+        return True
+
+    def _look(self, entry: _Entry[Tag]) -> None:
+        """Note where the step begins if the device waits for it."""
         newest = self._newest
         if newest is None or entry.gap or newest.query():
             entry.begin = self._recorded()
-        return True
 
     def forward(self) -> None:
         """A captured graph of the step is about to be launched; only the first one tells something."""
@@ -106,9 +116,9 @@ class EventClock(Generic[Tag]):
         if entry is None or entry.forwarded:
             return
         entry.forwarded = True
+        entry.unseen = False
         if entry.begin is None:
-            if self._newest is not None and self._newest.query():
-                entry.begin = self._recorded()
+            self._look(entry)
         elif entry.begin.query():
             self._record(entry.begin)
 
@@ -122,6 +132,8 @@ class EventClock(Generic[Tag]):
         """All of the step is queued."""
         entry, self._open = self._open, None
         if entry is not None:
+            if entry.unseen and (self._newest is None or entry.gap):
+                entry.begin = self._recorded()
             entry.end = self._newest = self._recorded()
             self._queue.append(entry)
 
@@ -158,6 +170,8 @@ class EventClock(Generic[Tag]):
         if begin is None:
             assert before is not None, "a step without a begin follows one that ended"
             busy = _ns(before, end)
+            if entry.unseen:  # the graph that was sure to follow did not: how long it waited is not known
+                busy, unknown = 0.0, busy
         else:
             busy = _ns(begin, end)
             if before is not None:
@@ -197,7 +211,7 @@ class WallClock(Generic[Tag]):
     def __len__(self) -> int:
         return len(self._queue)
 
-    def begin(self, tag: Tag) -> bool:
+    def begin(self, tag: Tag, graph: bool = False) -> bool:
         """A step begins."""
         if len(self._queue) >= MAX_OUTSTANDING:
             self.untimed += 1

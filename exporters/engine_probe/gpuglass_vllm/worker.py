@@ -38,6 +38,10 @@ WORK_MODEL = hooks.table.hook("worker.work_model")
 ALLOCATOR_INTERVAL = 5.0
 """Seconds between statistics of the allocator."""
 
+_GRAPH_SIZES = 4096
+_POLL_FROM = 64
+"""Steps that wait to be read from which on the engine's thread helps the link's."""
+
 _PROBE = "_gpuglass_probe"
 _HELD = "_gpuglass_held"
 
@@ -121,6 +125,10 @@ class Probe:
         self._step: Step | None = None
         self._output: Any = None
         self._chosen = False
+        self._forwarded = False
+        self._padded = 0
+        self._graph_sizes: set[int] = set()
+        """Numbers of tokens whose steps replay captured graphs."""
         self._carried: tuple[int, ...] = ()
 
     # Start
@@ -173,7 +181,7 @@ class Probe:
         import torch
 
         try:
-            return EventClock(lambda: torch.cuda.Event(enable_timing=True))
+            return EventClock(lambda: torch.cuda.Event(enable_timing=True), _recorder(self.worker.device))
         except Exception as error:
             logger.warning("steps are timed by the host's clock, CUDA events cannot be had: %r", error)
             return WallClock()
@@ -236,7 +244,8 @@ class Probe:
             return
         output = args[0] if args else kwargs["scheduler_output"]
         with self.lock:
-            self.clock.poll(self._deliver)
+            if len(self.clock) >= _POLL_FROM:
+                self.clock.poll(self._deliver)
             step = self.ledger.observe(output, marks.tenant_of)
             if self._carried:
                 step.ended += self._carried
@@ -244,24 +253,41 @@ class Probe:
             if step.run is None:  # nothing to compute, at most requests that ended
                 self._carried = step.ended
                 return
-            if not self.clock.begin(step):
+            if not self.clock.begin(step, step.run.tokens in self._graph_sizes):
                 self._untimed(step)
         self._step, self._output = step, output
+        self._forwarded = False
         experts = self.experts
-        self._chosen = experts is not None and EXPERTS.on and experts.begin()
+        self._chosen = experts is not None and EXPERTS.on and experts.begin(step.run.tokens)
 
-    def forward(self) -> None:
-        """The first captured graph of a step is about to be replayed."""
-        if self._step is not None:
+    def replay(self, graph: Any) -> None:
+        """A captured graph is about to be replayed; in a step, the first one begins the forward pass."""
+        if self._step is None:
+            return
+        if not self._forwarded:
+            self._forwarded = True
             self.clock.forward()
+        if self._chosen and self.experts is not None:
+            held = getattr(graph, _HELD, None)
+            if held is not None:
+                self.experts.routing.replayed(held)
 
     def executed(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """The forward pass is queued; sampling follows unless there is a result already."""
         step, output = self._step, self._output
         if step is None or step.run is None:
             return
-        _guarded(PADDING, self._see_padding, step)
-        if self.experts is not None:
+        if self._forwarded:
+            if len(self._graph_sizes) < _GRAPH_SIZES:
+                self._graph_sizes.add(step.run.tokens)
+        else:
+            self._graph_sizes.discard(step.run.tokens)
+        if step.k:
+            step.padded = self._padded  # the same batch as before
+        else:
+            _guarded(PADDING, self._see_padding, step)
+            self._padded = step.padded
+        if self._chosen:
             _guarded(EXPERTS, self._count_experts, step, output)
         if result is None:
             self.clock.pause()
@@ -280,7 +306,8 @@ class Probe:
         step = Step(None, ended=self._carried)
         self._carried = ()
         with self.lock:
-            self.clock.poll(self._deliver)
+            if len(self.clock) >= _POLL_FROM:
+                self.clock.poll(self._deliver)
             if not self.clock.begin(step):
                 self._untimed(step)
         self._step = step
@@ -300,7 +327,7 @@ class Probe:
         if step is not None:
             self._carried += step.ended
         if self.experts is not None:
-            self.experts.routing.drop()
+            self.experts.cancel()
 
     def failed(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
         """`execute_model` raised: if memory ran out, tell which batch it was."""
@@ -348,7 +375,7 @@ class Probe:
                 tenants = self.ledger.tenants_of(ids)
             return [(tenant, tokens_of.get(i, 0)) for tenant, i in zip(tenants, ids, strict=True)]
 
-        experts.finish(run.tokens, self._chosen, run.single_tenant, spans)
+        experts.finish(run.tokens, run.single_tenant, spans)
 
     def _deliver(self, step: Step, busy_ns: float, idle_ns: float, unattributed_ns: float) -> None:
         self.ledger.add(step, busy_ns, idle_ns, unattributed_ns)
@@ -361,7 +388,7 @@ class Probe:
         """On the link's thread: take in steps that the device has passed while no new step began."""
         while True:
             with self.lock:
-                if not self.clock.poll(self._deliver, 2):
+                if not self.clock.poll(self._deliver, 4):
                     if self._carried and not len(self.clock) and self._step is None:
                         self.ledger.end(Step(None, ended=self._carried))
                         self._carried = ()
@@ -537,8 +564,28 @@ _probe_of_graphs: Probe | None = None
 """The process's worker; graphs do not know theirs."""
 
 
+def _recorder(device: Any) -> Callable[[Any], None]:
+    """Puts an event on the current stream of the calling thread; torch's own look-up costs more than the
+    event."""
+    import torch
+
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    current_handle = torch._C._cuda_getCurrentRawStream
+    stream = torch.cuda.current_stream(index)
+    handle = current_handle(index)
+
+    def record(event: Any) -> None:
+        nonlocal stream, handle
+        now = current_handle(index)
+        if now != handle:
+            stream, handle = torch.cuda.current_stream(index), now
+        event.record(stream)
+
+    return record
+
+
 def _watch_replays(probe: Probe) -> None:
-    """A step's first captured graph tells where its forward pass begins."""
+    """See captured graphs as they are replayed."""
     import torch
 
     global _probe_of_graphs
@@ -547,13 +594,13 @@ def _watch_replays(probe: Probe) -> None:
     def replay(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = _probe_of_graphs
         if current is not None:
-            current.forward()
+            current.replay(graph)
 
     hooks.wrap(torch.cuda.CUDAGraph, "replay", STEPS, before=replay)
 
 
 def _watch_graphs(probe: Probe) -> None:
-    """Let captured graphs keep their layers' choices, and bring them into the step that replays them."""
+    """Let captured graphs keep their layers' choices."""
     import torch
 
     global _probe_of_graphs
@@ -571,11 +618,5 @@ def _watch_graphs(probe: Probe) -> None:
         if (current := routing()) is not None:
             current.capture_end()
 
-    def replay(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        held = getattr(graph, _HELD, None)
-        if held is not None and (current := routing()) is not None:
-            current.replayed(held)
-
     hooks.wrap(torch.cuda.CUDAGraph, "capture_begin", EXPERTS, before=begin)
     hooks.wrap(torch.cuda.CUDAGraph, "capture_end", EXPERTS, before=end)
-    hooks.wrap(torch.cuda.CUDAGraph, "replay", EXPERTS, before=replay)

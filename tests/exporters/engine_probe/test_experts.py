@@ -80,14 +80,14 @@ def test_counts_are_tokens_times_top_k_in_every_layer(
     by_tenant: dict[str, int] = {}
     for number, spans in enumerate(steps):
         width = sum(count for _, count in spans)
-        assert counter.begin()
+        assert counter.begin(width)
         for layer in range(2):
             found = ids(width + padding, number * 2 + layer)
             see[layer](found)
             for expert in found.array[:width].reshape(-1):
                 truth[layer, expert] += 1
         names = {tenant for tenant, _ in spans}
-        counter.finish(width, True, names.pop() if len(names) == 1 else None, lambda spans=spans: spans)
+        counter.finish(width, names.pop() if len(names) == 1 else None, lambda spans=spans: spans)
         tokens += width
         for tenant, count in spans:
             by_tenant[tenant] = by_tenant.get(tenant, 0) + count
@@ -157,10 +157,10 @@ def test_a_step_is_counted_whole_or_not_at_all(rows: list[Ids]) -> None:
     clock = Time()
     routing = Routing(LAYOUT)
     counter = Experts(routing, HostCounts(LAYOUT), 1, clock)
-    counter.begin()
+    counter.begin(4)
     for index, row in enumerate(rows):
         routing.capture_fn(index, None)(row)
-    counter.finish(4, True, "t", list)
+    counter.finish(4, "t", list)
     clock.now = 100
     sums, hot = counter.drain(0)
     assert routing.incomplete == 1 and hot is None
@@ -216,10 +216,11 @@ def test_one_step_in_so_many_is_counted_and_all_are_seen() -> None:
     counter = Experts(routing, HostCounts(LAYOUT), 8, clock)
     chosen = []
     for number in range(800):
-        chosen.append(counter.begin())
+        chosen.append(counter.begin(3))
         for function in see:
             function(ids(3, number))
-        counter.finish(3, chosen[-1], "", list)
+        if chosen[-1]:
+            counter.finish(3, "", list)
     assert all(sum(chosen[start : start + 8]) == 1 for start in range(0, 800, 8))
     places = {chosen[start : start + 8].index(True) for start in range(0, 800, 8)}
     assert places == set(range(8)), "every place in the row is chosen at times"
@@ -235,10 +236,10 @@ def test_each_choice_is_told_once() -> None:
     counter = Experts(routing, HostCounts(LAYOUT), 1, clock)
 
     def step() -> None:
-        counter.begin()
+        counter.begin(5)
         for function in see:
             function(ids(5))
-        counter.finish(5, True, "", list)
+        counter.finish(5, "", list)
 
     step()
     assert counter.drain(0) == ([], None), "not yet"
@@ -264,10 +265,10 @@ def test_counts_that_are_not_ready_come_later() -> None:
     counter = Experts(routing, slow, 1, clock)
 
     def step() -> None:
-        counter.begin()
+        counter.begin(5)
         for function in see:
             function(ids(5))
-        counter.finish(5, True, "", list)
+        counter.finish(5, "", list)
 
     step()
     clock.now = 3
@@ -281,13 +282,33 @@ def test_counts_that_are_not_ready_come_later() -> None:
     assert counted(LAYOUT, counter.drain(0)[0]).sum() == 20
 
 
+def test_a_step_is_counted_in_the_window_that_saw_it() -> None:
+    clock = Time()
+    routing = Routing(LAYOUT)
+    see = [routing.capture_fn(index, None) for index in range(2)]
+    counter = Experts(routing, HostCounts(LAYOUT), 1, clock)
+    clock.now = 3
+    counter.begin(5)
+    assert counter.drain(0) == ([], None), "it is under way"
+    for function in see:
+        function(ids(5))
+    counter.finish(5, "", list)
+    sums, _ = counter.drain(0)
+    assert sums[0].counted_tokens == sums[0].seen_tokens == 5
+    clock.now = 6
+    counter.begin(5)
+    counter.cancel()
+    sums, _ = counter.drain(0)
+    assert (sums[0].counted_tokens, sums[0].seen_tokens) == (0, 5)
+
+
 def test_nothing_is_copied_while_a_graph_is_captured() -> None:
     """A call into CUDA from another thread would break the capture."""
     clock = Time()
     routing = Routing(LAYOUT)
     counter = Experts(routing, HostCounts(LAYOUT), 1, clock)
-    counter.begin()
-    counter.finish(5, True, "", list)
+    counter.begin(5)
+    counter.finish(5, "", list)
     clock.now = 3
     routing.capture_begin()
     assert counter.drain(0) == ([], None)
@@ -302,10 +323,10 @@ def test_without_an_agent_counting_rests_below_32_bits(monkeypatch: pytest.Monke
     see = [routing.capture_fn(index, None) for index in range(2)]
     counter = Experts(routing, HostCounts(LAYOUT), 1, clock)
     for _ in range(4):
-        counter.begin()
+        counter.begin(5)
         for function in see:
             function(ids(5))
-        counter.finish(5, True, "", list)
+        counter.finish(5, "", list)
     clock.now = 3
     sums, _ = counter.drain(0)
     assert sums[0].counted_tokens == 10 and sums[0].seen_tokens == 20

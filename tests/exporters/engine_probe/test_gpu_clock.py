@@ -130,6 +130,29 @@ def test_a_device_that_is_behind_costs_one_event_per_step() -> None:
     assert sum(busy for _, busy, _, _ in seen.steps) == pytest.approx(3.5 + 9 * 3.75)
 
 
+def test_with_a_graph_to_come_nothing_is_asked_before_it() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    run(clock, device, "a", 0, 3)
+    device.now = 10
+    clock.begin("b", graph=True)
+    device.now = 12
+    clock.forward()
+    device.work(3)
+    clock.end()
+    clock.begin("c", graph=True)
+    clock.forward()
+    device.work(2)
+    clock.end()
+    device.now = 30
+    clock.begin("no graph came", graph=True)
+    device.work(1)
+    clock.end()
+    device.now = 40
+    clock.poll(seen)
+    assert seen.steps[1:] == [("b", 3, 12 - 3.5, 0), ("c", 2, 0, 0), ("no graph came", 0, 0, 31 - 17)]
+
+
 @pytest.mark.parametrize("passed", range(41))
 @pytest.mark.parametrize("limit", [1, 8, 100])
 def test_what_the_device_has_passed_is_delivered_and_no_more(passed: int, limit: int) -> None:
