@@ -6,7 +6,8 @@ account of the one before, so its counters neither start again nor lose what was
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple, TypeVar
 
 from prometheus_client.samples import Exemplar
 
@@ -43,13 +44,13 @@ class Kind(NamedTuple):
     preempted: bool
 
 
-class Hogging:
-    """Time that single requests of a tenant held a large part of the pool."""
+class Time:
+    """Nanoseconds that add up, and the request that added last."""
 
     __slots__ = ("exemplar", "ns")
 
     def __init__(self) -> None:
-        self.ns = 0
+        self.ns = 0.0
         self.exemplar: Exemplar | None = None
 
 
@@ -69,7 +70,7 @@ class Account:
         "requests",
         "tenants",
         "untracked",
-        "wasted_ns",
+        "wasted",
         "workers",
     )
 
@@ -81,13 +82,14 @@ class Account:
         """When its last process went; None while one is connected."""
         self.tenants: dict[str, TenantTotals] = {}
         """By label value."""
-        self.hogging: dict[str, Hogging] = {}
+        self.hogging: dict[str, Time] = {}
+        """Time that single requests held a large part of the pool, by tenant."""
         self.peaks = Observed(families.KV_PEAK)
         self.evictions = Observed(families.KV_EVICT)
         self.preemptions = dict.fromkeys(PREEMPTION_CAUSES, 0)
         self.preemption_exemplars: dict[str, Exemplar] = {}
         self.requests: dict[Family, dict[Kind, Observed]] = {}
-        self.wasted_ns: dict[tuple[str, str], float] = {}
+        self.wasted: dict[tuple[str, str], Time] = {}
         """By reason and tenant."""
         self.untracked = dict.fromkeys(UNTRACKED, 0)
         self.workers: dict[int, WorkerTotals] = {}
@@ -99,12 +101,9 @@ class Account:
             totals = self.tenants[label] = TenantTotals()
         return totals
 
-    def hog(self, label: str) -> Hogging:
-        """Hogging of a tenant."""
-        found = self.hogging.get(label)
-        if found is None:
-            found = self.hogging[label] = Hogging()
-        return found
+    def hogged(self, tenant: str, ns: int, exemplar: Exemplar | None) -> None:
+        """A request held a large part of the pool for a while."""
+        _add(self.hogging, tenant, ns, exemplar)
 
     def worker(self, rank: int) -> WorkerTotals | None:
         """Totals of a rank; None beyond the bound."""
@@ -121,8 +120,19 @@ class Account:
             observed = by_kind[kind] = Observed(family)
         observed.observe(value, exemplar)
 
-    def waste(self, reason: str, tenant: str, ns: float) -> None:
+    def waste(self, reason: str, tenant: str, ns: float, exemplar: Exemplar | None = None) -> None:
         """GPU time whose result nobody used."""
-        if ns > 0:
-            key = (reason, tenant)
-            self.wasted_ns[key] = self.wasted_ns.get(key, 0.0) + ns
+        _add(self.wasted, (reason, tenant), ns, exemplar)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def _add(times: dict[Key, Time], key: Key, ns: float, exemplar: Exemplar | None) -> None:
+    if ns <= 0:
+        return
+    time = times.get(key)
+    if time is None:
+        time = times[key] = Time()
+    time.ns += ns
+    time.exemplar = exemplar or time.exemplar

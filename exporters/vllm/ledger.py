@@ -56,7 +56,7 @@ EXPIRE_NS = 900_000_000_000
 RETIRE_NS = 600_000_000_000
 """How long the account of an engine outlives its processes: several scrapes, whatever their interval."""
 MAX_ACCOUNTS = 512
-WORKLOAD = 3
+_WORKLOAD = 3
 """Labels of the workload, the last ones of an engine."""
 _SWEEP_NS = 5_000_000_000
 _LIKELY_CLOCK_S = 3600.0
@@ -243,11 +243,11 @@ class Ledger:
     def _relabel(self, engine: Engine, sender: Sender) -> None:
         """Give an engine the names of its workload, which may be known only seconds after it connected."""
         account = engine.account
-        known = labels_of(sender)[-WORKLOAD:]
-        if sum(map(bool, known)) <= sum(map(bool, account.labels[-WORKLOAD:])):
+        known = labels_of(sender)[-_WORKLOAD:]
+        if sum(map(bool, known)) <= sum(map(bool, account.labels[-_WORKLOAD:])):
             return
         old = account.labels
-        wanted = Labels(*old[:-WORKLOAD], *known)._replace(server=sender.hello.server)
+        wanted = Labels(*old[:-_WORKLOAD], *known)._replace(server=sender.hello.server)
         labels = free_labels(wanted, self._live())
         if self.accounts.get(old) is account:
             del self.accounts[old]
@@ -305,7 +305,7 @@ class Ledger:
 
     def _close_or_wait(self, server: Server, request: OpenRequest, now_ns: int) -> None:
         frontend = request.frontend
-        if request.answer is None and isinstance(frontend, Sender):
+        if request.answer is None and frontend is not None:
             # What a frontend that is coming back has to say would come too late.
             gone_at = server.gone_frontends.get(frontend.hello.sender)
             if gone_at is not None and now_ns - gone_at < GONE_NS:
@@ -497,9 +497,7 @@ class Ledger:
         account = request.engine.account
         if self._nobody_counted(server, request):
             account.tenant(tenant).ended(summary.outcome, summary.error_type)
-        if summary.gpu_ns is not None and summary.outcome in ("abort", "error"):
-            account.waste(summary.outcome, tenant, summary.gpu_ns - summary.recompute_ns)
-        self._observe(account, request, summary)
+        self._observe(account, request, summary, tenant)
 
     def _nobody_counted(self, server: Server, request: OpenRequest) -> bool:
         """Whether the process that would have counted this end in its sums went before it came to that.
@@ -507,7 +505,7 @@ class Ledger:
         A frontend that sees answers counts them, otherwise the core does.
         """
         frontend = request.frontend
-        if isinstance(frontend, Sender) and any(
+        if frontend is not None and any(
             c.hook == _ANSWERS and c.state == "active" for c in frontend.hello.capabilities
         ):
             return request.answer is None and not any(
@@ -515,9 +513,9 @@ class Ledger:
             )
         return request.died_at is not None and request.end is None
 
-    def _observe(self, account: Account, request: OpenRequest, summary: Summary) -> None:
+    def _observe(self, account: Account, request: OpenRequest, summary: Summary, tenant: str) -> None:
         kind = Kind(summary.outcome, summary.error_type, summary.preempted)
-        speaker = request.frontend if isinstance(request.frontend, Sender) else request.engine.speaker
+        speaker = request.frontend or request.engine.speaker
         labels = exemplars.fit(self._policy.names(request.ref))
         unix = self._unix(speaker, summary.at)
 
@@ -535,6 +533,10 @@ class Ledger:
         observe(families.REQUEST_CACHED_TOKENS, summary.cached_tokens)
         observe(families.REQUEST_OUTPUT_TOKENS, summary.output_tokens)
         observe(families.REQUEST_GPU, summary.gpu_ns, 1e9)
+        if summary.gpu_ns is not None and summary.outcome in ("abort", "error"):
+            wasted = summary.gpu_ns - summary.recompute_ns
+            exemplar = exemplars.exemplar(labels, round(wasted / 1e9, 6), unix)
+            account.waste(summary.outcome, tenant, wasted, exemplar)
         share = request.engine.share(summary.peak_blocks) if summary.peak_blocks is not None else None
         if share is not None:
             account.peaks.observe(share, exemplars.exemplar(labels, share, unix))
@@ -572,11 +574,9 @@ class Ledger:
             return
         request.hog_since = at
         request.hog_ns += at - since
-        hogging = request.engine.account.hog(self.tenants.label(request.tenant))
-        hogging.ns += at - since
-        hogging.exemplar = (
-            self._exemplar(sender, request.ref, round(request.hog_ns / 1e9, 6), at) or hogging.exemplar
-        )
+        tenant = self.tenants.label(request.tenant)
+        exemplar = self._exemplar(sender, request.ref, round(request.hog_ns / 1e9, 6), at)
+        request.engine.account.hogged(tenant, at - since, exemplar)
 
     def _stop_hogging(self, sender: Sender, request: OpenRequest, at: int) -> None:
         self._hogged(sender, request, at)

@@ -35,8 +35,7 @@ def fast_batch(ledger: Ledger, previous: Batch) -> Batch:
         if account.had_core:
             scope.add(families.UP, int(place is not None and bool(place[1].cores)))
         for tenant, hogging in account.hogging.items():
-            if hogging.ns > 0:
-                scope.add(families.KV_HOG_SECONDS, _seconds(hogging.ns), tenant, exemplar=hogging.exemplar)
+            scope.add(families.KV_HOG_SECONDS, _seconds(hogging.ns), tenant, exemplar=hogging.exemplar)
         if place is not None:
             server, engine = place
             if engine.cores:
@@ -163,8 +162,8 @@ def _requests(scope: Batch, account: Account) -> None:
             scope.add_histogram(family, observed.published(), *labels)
     for reason, count in account.untracked.items():
         scope.add(families.UNTRACKED, count, reason)
-    for (reason, tenant), ns in account.wasted_ns.items():
-        scope.add(families.WASTED, _seconds(ns), reason, tenant)
+    for (reason, tenant), wasted in account.wasted.items():
+        scope.add(families.WASTED, _seconds(wasted.ns), reason, tenant, exemplar=wasted.exemplar)
     if not account.had_core:
         return
     if account.peaks.count:

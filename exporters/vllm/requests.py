@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from exporters.vllm.sink import Sender
 from gpuglass.exemplar import RequestRef
 from gpuglass_vllm.records import NO_TENANT, RequestAnswered, RequestEnd
 
@@ -57,7 +58,7 @@ class OpenRequest:
         self.external_id = ""
         self.trace_id = ""
         self.sampled = False
-        self.frontend: object | None = None
+        self.frontend: Sender | None = None
         """Sender that told of its start."""
         self.core_seen = False
         self.running = False

@@ -294,7 +294,8 @@ WASTED = _engine(
     Kind.COUNTER,
     "seconds",
     "GPU time whose result nobody used, by tenant and reason: recompute (tokens computed again after a "
-    "preemption), abort and error (all other GPU time of requests that ended so).",
+    "preemption), abort and error (all other GPU time of requests that ended so; the exemplar names the "
+    "last).",
     "reason",
     "tenant",
     absent="No GPU time of the tenant was wasted so since the agent started.",

@@ -135,6 +135,8 @@ def test_gpu_time_of_what_nobody_got_is_wasted_once(outcome: str, wasted: float 
     world.tell(core, end("r1", world.now, outcome=outcome, tenant="acme"))
     assert world.value(families.WASTED, tenant="acme", reason=outcome) == wasted
     assert world.sum(families.REQUEST_GPU) == 2.5
+    named = [(e.labels, e.value) for e in world.exemplars(families.WASTED)]
+    assert named == ([({"request_id": "r1"}, 2.0)] if wasted else [])
 
 
 # Conservation
