@@ -102,3 +102,10 @@ def side_by_side(victim: Names, others: Iterable[tuple[str, str]]) -> Names:
 def exemplar(labels: dict[str, str], value: float, unix_seconds: float) -> Exemplar | None:
     """An exemplar with its time, rounded to milliseconds; None where no label names anything."""
     return Exemplar(labels, value, round(unix_seconds, 3)) if labels else None
+
+
+def newer(old: Exemplar | None, new: Exemplar | None) -> Exemplar | None:
+    """The later one of a series: Prometheus refuses an exemplar that is not newer than the one before it."""
+    if old is None or new is None:
+        return new or old
+    return new if float(new.timestamp or 0) > float(old.timestamp or 0) else old

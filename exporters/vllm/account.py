@@ -15,6 +15,7 @@ from exporters.vllm.experts import ExpertLoad
 from exporters.vllm.histograms import Observed
 from exporters.vllm.steps import WorkerTotals
 from exporters.vllm.tenants import TenantTotals
+from gpuglass.exemplar import newer
 from gpuglass.families import engine as families
 from gpuglass.family import Family
 from gpuglass_vllm.records import PREEMPTION_CAUSES
@@ -135,4 +136,4 @@ def _add(times: dict[Key, Time], key: Key, ns: float, exemplar: Exemplar | None)
     if time is None:
         time = times[key] = Time()
     time.ns += ns
-    time.exemplar = exemplar or time.exemplar
+    time.exemplar = newer(time.exemplar, exemplar)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from prometheus_client.samples import Exemplar
 
+from gpuglass.exemplar import newer
 from gpuglass.family import Family, Histogram
 
 
 class Observed:
-    """Counts by bucket, their sum, and the latest exemplar of each bucket."""
+    """Counts by bucket, their sum, and the newest exemplar of each bucket."""
 
     __slots__ = ("bounds", "counts", "exemplars", "sum")
 
@@ -27,8 +28,9 @@ class Observed:
         index = bisect_left(self.bounds, value)
         self.counts[index] += 1
         self.sum += value
-        if exemplar is not None:
-            self.exemplars[index] = exemplar
+        kept = newer(self.exemplars.get(index), exemplar)
+        if kept is not None:
+            self.exemplars[index] = kept
 
     def add(self, counts: Sequence[int], total: float) -> None:
         """Observations that come as counts by bucket (none: nothing) and the sum of their values.

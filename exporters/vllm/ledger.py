@@ -59,8 +59,8 @@ MAX_ACCOUNTS = 512
 _WORKLOAD = 3
 """Labels of the workload, the last ones of an engine."""
 _SWEEP_NS = 5_000_000_000
-_LIKELY_CLOCK_S = 3600.0
-"""A time that is further from now than this comes from a wrong clock offset."""
+_OLDEST_S, _NEWEST_S = 3600.0, 5.0
+"""How far before and after now a time may lie; an event may have waited, the rest is a wrong clock offset."""
 _ANSWERS = "frontend.answers"
 """Hook of a frontend that counts ended requests; its core then does not (gpuglass_vllm)."""
 
@@ -318,7 +318,7 @@ class Ledger:
             for request in list(server.requests.values()):
                 if request.due is None and now_ns - request.news_at >= EXPIRE_NS:
                     self._forget(server, request, "expired")
-                elif self._is_lost(request, now_ns):
+                elif self._is_lost(request, now_ns) or self._is_over(request, now_ns):
                     self._forget(server, request, "lost")
                     server.remember(request.request_id)
             if not server.is_live and not server.requests:
@@ -338,6 +338,16 @@ class Ledger:
             and state.running == state.waiting == 0
             and request.at < state.at - 1_000_000_000
             and now_ns - request.news_at >= GONE_NS
+        )
+
+    @staticmethod
+    def _is_over(request: OpenRequest, now_ns: int) -> bool:
+        """Whether only workers speak of it, and say that it has ended: all else was told before we came."""
+        return (
+            request.due is None
+            and not request.is_known
+            and request.gpu_ended is not None
+            and now_ns - request.news_at >= ANSWERED_NS
         )
 
     def _forget(self, server: Server, request: OpenRequest, reason: str) -> None:
@@ -547,7 +557,7 @@ class Ledger:
         """Unix time of a moment on a sender's clock; now, if that cannot be true."""
         now = self._wall()
         unix = (at + sender.hello.clock_offset_ns) / 1e9 if sender is not None and at > 0 else now
-        return unix if abs(unix - now) < _LIKELY_CLOCK_S else now
+        return unix if now - _OLDEST_S < unix < now + _NEWEST_S else now
 
     def _exemplar(self, sender: Sender, ref: RequestRef, value: float, at: int) -> Exemplar | None:
         return exemplars.exemplar(exemplars.fit(self._policy.names(ref)), value, self._unix(sender, at))
@@ -563,8 +573,8 @@ class Ledger:
         if engine.state is not None and record.at < engine.state.at:
             return
         engine.state = record
-        # The largest one last: the exemplar of a tenant is that of its largest request.
-        for request in sorted(engine.hogs.values(), key=lambda request: request.blocks):
+        # The largest one first: of exemplars with the same time the first is kept.
+        for request in sorted(engine.hogs.values(), key=lambda request: -request.blocks):
             self._hogged(sender, request, record.at)
 
     def _hogged(self, sender: Sender, request: OpenRequest, at: int) -> None:
@@ -595,8 +605,9 @@ class Ledger:
         if holder is not None:
             names = exemplars.side_by_side(names, self._policy.names(self._ref(server, holder)))
         found = exemplars.exemplar(exemplars.fit(names), 1.0, self._unix(sender, record.at))
-        if found is not None:
-            engine.account.preemption_exemplars[cause] = found
+        kept = exemplars.newer(engine.account.preemption_exemplars.get(cause), found)
+        if kept is not None:
+            engine.account.preemption_exemplars[cause] = kept
 
     # Sums
 
@@ -666,7 +677,5 @@ class Ledger:
             return
         worker.out_of_memory += 1
         if record.request_ids:
-            worker.out_of_memory_exemplar = (
-                self._exemplar(sender, self._ref(server, record.request_ids[0]), 1.0, record.at)
-                or worker.out_of_memory_exemplar
-            )
+            found = self._exemplar(sender, self._ref(server, record.request_ids[0]), 1.0, record.at)
+            worker.out_of_memory_exemplar = exemplars.newer(worker.out_of_memory_exemplar, found)

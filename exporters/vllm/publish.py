@@ -126,7 +126,7 @@ def _in_flight(scope: Batch, ledger: Ledger, server: Server, engine: Engine) -> 
         if request.engine is not engine:
             continue
         tenant = label(request.tenant)
-        if request.in_flight:
+        if request.in_flight and request.is_known:
             state = "unknown" if not has_core else "running" if request.running else "waiting"
             counts[tenant, state] += 1
         if request.blocks > 0:

@@ -91,6 +91,11 @@ class OpenRequest:
         return RequestRef(self.request_id, self.external_id, self.trace_id, self.sampled)
 
     @property
+    def is_known(self) -> bool:
+        """Whether its core or a frontend has told of it; workers know neither tenant nor state."""
+        return self.core_seen or self.frontend is not None
+
+    @property
     def in_flight(self) -> bool:
         """Not ended, as far as anybody told."""
         return self.end is None and self.answer is None and self.died_at is None

@@ -13,6 +13,7 @@ from gpuglass.exemplar import (
     exemplar,
     fit,
     is_trace_id,
+    newer,
     side_by_side,
 )
 
@@ -80,3 +81,10 @@ def test_an_exemplar_has_a_time_in_milliseconds_and_there_is_none_without_a_name
 def test_a_trace_id_is_32_small_hex_digits_and_not_all_zero() -> None:
     assert is_trace_id(TRACE)
     assert not any(map(is_trace_id, ("", "0" * 32, TRACE[:-1], TRACE + "0", TRACE + "\n", "g" * 32)))
+
+
+def test_the_newer_of_two_is_kept_and_of_equally_old_ones_the_first() -> None:
+    old, same, new = (exemplar({"request_id": name}, 1.0, at) for name, at in (("a", 5), ("b", 5), ("c", 6)))
+    assert newer(None, old) is newer(old, None) is newer(old, same) is old
+    assert newer(old, new) is newer(new, old) is new
+    assert newer(None, None) is None

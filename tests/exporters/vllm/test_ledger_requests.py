@@ -438,3 +438,41 @@ def test_a_new_configuration_admits_more_tenants_and_takes_no_series_away() -> N
     assert told("b") == {"a", "b", "other"}
     world.ledger.reconfigure(LedgerSettings(tenants=1))
     assert told("c") == {"a", "b", "other"}
+
+
+def test_a_request_that_only_workers_know_is_nobodys_and_goes_when_they_say_that_it_has_ended() -> None:
+    world = World()
+    world.connect("core")
+    worker = world.connect("worker")
+    world.tell(worker, gpu("r1", world.now, 1.0), gpu("r2", world.now, 1.0, ended=True))
+    assert world.find(families.TENANT_IN_FLIGHT) == []
+    world.wait(40)
+    assert world.value(families.TRACKED) == 1
+    assert world.value(families.UNTRACKED, reason="lost") == 1
+
+
+def test_exemplars_of_a_bucket_never_go_back_in_time() -> None:
+    world = World()
+    frontend, core = world.connect("frontend"), world.connect("core")
+    world.wait(10)
+    first, second = world.now - 2 * SECOND, world.now - SECOND
+    world.tell(frontend, start("r1", first - SECOND), start("r2", second - SECOND))
+    world.tell(core, end("r1", first))  # waits for its answer
+    world.tell(core, end("r2", second))
+    world.tell(frontend, answered("r2", second))
+    assert [e.labels["request_id"] for e in world.exemplars(families.REQUEST_DECODE)] == ["r2"]
+    world.tell(frontend, answered("r1", first))
+    assert world.value(families.REQUEST_DECODE) == 2
+    assert [e.labels["request_id"] for e in world.exemplars(families.REQUEST_DECODE)] == ["r2"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [(0, UNIX), (-600, UNIX - 600), (4, UNIX + 4), (-7200, UNIX), (3600, UNIX)],
+)
+def test_a_clock_that_cannot_be_right_is_not_believed(offset: int, expected: int) -> None:
+    world = World()
+    core = world.connect("core", clock_offset_ns=(UNIX - 1000 + offset) * SECOND)
+    world.tell(core, end("r1", world.now))
+    (exemplar,) = world.exemplars(families.REQUEST_DECODE)
+    assert float(exemplar.timestamp) == expected
