@@ -65,13 +65,14 @@ class ProbeReceiver:
         """All records of a kind, oldest first."""
         return [h.record for h in list(self.heard) if isinstance(h.record, kind) and role in ("", h.role)]
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 15) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 15) -> Any:
         """Wait until `condition` gives something true; fail otherwise."""
         until = time.monotonic() + seconds
         while not (result := condition()):
             if time.monotonic() > until:
                 kinds = sorted({type(h.record).__name__ for h in list(self.heard)})
-                raise AssertionError(f"{what} did not hold within {seconds:g} s; heard: {kinds}")
+                said = what if isinstance(what, str) else what()
+                raise AssertionError(f"{said} did not hold within {seconds:g} s; heard: {kinds}")
             time.sleep(0.02)
         return result
 
