@@ -3,6 +3,7 @@ checkout."""
 
 from __future__ import annotations
 
+import ast
 import email
 import importlib
 import os
@@ -26,6 +27,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LEFT_OUT = ("tests", "helm", "docs", "exporters/engine_probe")
 
 
+PROBE = ROOT / "exporters/engine_probe"
+PROBE_PROJECT = tomllib.loads((PROBE / "pyproject.toml").read_text())
+
+
 def can_build_here() -> bool:
     """Whether the build backend is installed in a version that pyproject.toml allows."""
     (requirement,) = PROJECT["build-system"]["requires"]
@@ -36,12 +41,11 @@ def can_build_here() -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy without what git ignores."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def build(source: Path, out: Path) -> Path:
+    """A wheel, built from a copy of `source` without what git ignores."""
+    copy = out / "source"
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__")
-    shutil.copytree(ROOT, copy, dirs_exist_ok=True, ignore=ignored)
+    shutil.copytree(source, copy, ignore=ignored)
     # A version of the backend that is too old here is fetched by pip, which needs the package index.
     isolated = [] if not can_build_here() else ["--no-build-isolation"]
     done = subprocess.run(
@@ -54,6 +58,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (built,) = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The agent's wheel."""
+    return build(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def probe_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine probe's wheel."""
+    return build(PROBE, tmp_path_factory.mktemp("probe"))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +139,41 @@ def test_no_dependency_is_called_bcc(metadata: email.message.Message) -> None:
 
 def test_the_versions_of_package_and_module_are_one(metadata: email.message.Message) -> None:
     assert metadata["Version"] == importlib.import_module("gpuglass").__version__
+
+
+# The engine probe's
+
+
+def test_versions_of_agent_and_probe_go_together() -> None:
+    version = PROJECT["project"]["version"]
+    assert PROBE_PROJECT["project"]["version"] == version
+    assert importlib.import_module("gpuglass_vllm").__version__ == version
+    assert f"gpuglass-vllm=={version}" in PROJECT["project"]["dependencies"]
+
+
+def test_the_probes_wheel_holds_its_package_and_nothing_else(probe_wheel: Path) -> None:
+    with zipfile.ZipFile(probe_wheel) as archive:
+        held = in_package(set(archive.namelist()))
+    modules = {path.relative_to(PROBE).as_posix() for path in (PROBE / "gpuglass_vllm").rglob("*.py")}
+    assert held == {*modules, "gpuglass_vllm/py.typed"}
+    assert "gpuglass_vllm/records.py" in held
+
+
+def test_the_probe_brings_nothing_into_the_engines_environment(probe_wheel: Path) -> None:
+    with zipfile.ZipFile(probe_wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(path))
+    assert [re.split(r"[\s<>=]", line)[0] for line in metadata.get_all("Requires-Dist") or []] == ["msgspec"]
+    assert metadata["Requires-Python"] == ">=3.10"
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.stat_logger_plugins"])
+def test_the_probes_entry_points_lead_somewhere(group: str) -> None:
+    (target,) = PROBE_PROJECT["project"]["entry-points"][group].values()
+    module, _, attribute = target.partition(":")
+    tree = ast.parse((PROBE / f"{module.replace('.', '/')}.py").read_text())
+    named = {getattr(node, "name", "") for node in ast.walk(tree)}
+    assert attribute in named  # vLLM is not installed here, so it cannot be imported
 
 
 # Names
