@@ -65,6 +65,7 @@ class Account:
         "hogging",
         "idle_since",
         "labels",
+        "lacking",
         "peaks",
         "preemption_exemplars",
         "preemptions",
@@ -79,6 +80,8 @@ class Account:
         self.labels = labels
         self.experts = experts
         self.had_core = False
+        self.lacking: frozenset[str] = frozenset()
+        """Hooks that do not work in the core: what they would have counted is unknown, not zero."""
         self.idle_since: int | None = None
         """When its last process went; None while one is connected."""
         self.tenants: dict[str, TenantTotals] = {}

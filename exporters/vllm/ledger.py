@@ -147,6 +147,11 @@ class Ledger:
             place = self._places[sender.number] = self._arrived(sender)
         _, engine = place
         self._relabel(engine, sender)
+        lacking = frozenset(c.hook for c in hello.capabilities if c.state != "active")
+        if hello.role == CORE:
+            engine.account.lacking = lacking
+        elif hello.role == WORKER and (worker := engine.account.worker(hello.rank)) is not None:
+            worker.lacking = lacking
         if hello.role == CORE and hello.pool is not None:
             engine.pool = hello.pool
             for totals in engine.account.tenants.values():
@@ -154,8 +159,10 @@ class Ledger:
 
     def take(self, sender: Sender, record: Record, now_ns: int) -> None:
         """One checked record. Raises `Refused`."""
+        if sender.number not in self._places:
+            raise Refused(Refusal.INTERNAL)  # its hello failed: nothing may be lost unseen
         take = self._take.get(type(record))
-        if take is not None and sender.number in self._places:
+        if take is not None:
             take(sender, record, now_ns)
 
     def gone(self, sender: Sender) -> None:

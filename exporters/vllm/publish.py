@@ -23,6 +23,9 @@ from gpuglass.family import Batch, Family
 
 HOLDERS = 5
 """Requests with the largest shares of the pool that have series."""
+STEPS, PREEMPTIONS = "core.steps", "core.preemptions"
+PADDING, OUT_OF_MEMORY = "worker.padding", "worker.out_of_memory"
+"""Hooks of gpuglass_vllm without which a count of zero would be none. Other senders need not name them."""
 
 
 def fast_batch(ledger: Ledger, previous: Batch) -> Batch:
@@ -171,20 +174,30 @@ def _requests(scope: Batch, account: Account) -> None:
     if account.evictions.count:
         scope.add_histogram(families.KV_EVICT, account.evictions.published())
     for cause, count in account.preemptions.items():
+        if not count and PREEMPTIONS in account.lacking:
+            continue
         found = account.preemption_exemplars.get(cause) if count else None
         scope.add(families.PREEMPTIONS, count, cause, exemplar=found)
 
 
 def _tenants(scope: Batch, account: Account) -> None:
+    is_timed = any(worker.clocks for worker in account.workers.values())
+    counts_tokens = account.had_core and STEPS not in account.lacking
+    counts_preemptions = account.had_core and PREEMPTIONS not in account.lacking
     for tenant, totals in account.tenants.items():
-        if account.workers:
+        if is_timed or totals.gpu_ns > 0:
             scope.add(families.TENANT_GPU, _seconds(totals.gpu_ns), tenant)
         if totals.kv_byte_ns is not None:
             scope.add(families.TENANT_KV, round(totals.kv_byte_ns / 1e9, 3), tenant)
-        if account.had_core:
-            scope.add(families.TENANT_TOKENS, totals.prompt_tokens, tenant, "prompt")
-            scope.add(families.TENANT_TOKENS, totals.cached_tokens, tenant, "cached")
-            scope.add(families.TENANT_TOKENS, totals.output_tokens, tenant, "output")
+        tokens = {
+            "prompt": totals.prompt_tokens,
+            "cached": totals.cached_tokens,
+            "output": totals.output_tokens,
+        }
+        for kind, count in tokens.items():
+            if counts_tokens or count:
+                scope.add(families.TENANT_TOKENS, count, tenant, kind)
+        if counts_preemptions or totals.preemptions:
             scope.add(families.TENANT_TOKENS, totals.recomputed_tokens, tenant, "recomputed")
             scope.add(families.TENANT_PREEMPTIONS, totals.preemptions, tenant)
         for (outcome, error_type), count in totals.requests.items():
@@ -229,6 +242,8 @@ def _experts(scope: Batch, ledger: Ledger, account: Account) -> None:
 def _worker(scope: Batch, worker: WorkerTotals, now_ns: int) -> None:
     for clock, totals in worker.clocks.items():
         for part, ns in totals.parts().items():
+            if part == "padding" and not ns and PADDING in worker.lacking:
+                continue
             scope.add(families.GPU_SECONDS_BY_PART, _seconds(ns), clock, part)
         scope.add(families.IDLE, _seconds(totals.idle_ns), clock)
         scope.add_histogram(families.STEP, totals.seconds.published(), clock)
@@ -236,8 +251,9 @@ def _worker(scope: Batch, worker: WorkerTotals, now_ns: int) -> None:
         scope.add_histogram(families.BATCH, worker.batches.published())
         scope.add(families.STEP_TOKENS, worker.prefill_tokens, "prefill")
         scope.add(families.STEP_TOKENS, worker.decode_tokens, "decode")
-        scope.add(families.STEP_TOKENS, worker.padded_tokens, "padding")
-    if worker.clocks or worker.out_of_memory:
+        if worker.padded_tokens or PADDING not in worker.lacking:
+            scope.add(families.STEP_TOKENS, worker.padded_tokens, "padding")
+    if worker.out_of_memory or (worker.clocks and OUT_OF_MEMORY not in worker.lacking):
         scope.add(families.OUT_OF_MEMORY, worker.out_of_memory, exemplar=worker.out_of_memory_exemplar)
     if worker.flops > 0:
         scope.add(families.FLOPS, worker.flops)

@@ -57,6 +57,7 @@ class WorkerTotals:
         "decode_tokens",
         "flops",
         "flops_at",
+        "lacking",
         "out_of_memory",
         "out_of_memory_exemplar",
         "padded_tokens",
@@ -67,6 +68,8 @@ class WorkerTotals:
     def __init__(self) -> None:
         self.sender: Sender | None = None
         """None while no such worker is connected."""
+        self.lacking: frozenset[str] = frozenset()
+        """Hooks that do not work in the worker: what they would have counted is unknown, not zero."""
         self.clocks: dict[str, StepTotals] = {}
         self.batches = Observed(families.BATCH)
         self.prefill_tokens = 0

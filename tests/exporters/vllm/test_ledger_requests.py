@@ -294,6 +294,15 @@ def test_a_frontend_feeds_all_engines_of_its_server() -> None:
 # Bounds and loss
 
 
+def test_a_sender_that_was_never_introduced_loses_nothing_unseen() -> None:
+    world = World()
+    core = world.connect("core")
+    world.kill(core)
+    with pytest.raises(Refused) as refused:
+        world.tell(core, records.TenantSums(tenant="acme", output_tokens=7))
+    assert refused.value.reason is Refusal.INTERNAL
+
+
 def test_more_open_requests_than_allowed_are_refused_once_each_and_their_sums_count() -> None:
     world = World(LedgerSettings(requests=2))
     core = world.connect("core")

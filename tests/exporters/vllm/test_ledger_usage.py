@@ -60,6 +60,28 @@ def test_what_no_process_can_tell_is_absent() -> None:
         assert world.find(family) == []
 
 
+def test_what_a_probe_cannot_count_is_absent_and_not_zero() -> None:
+    def lacking(*hooks: str) -> list[records.Capability]:
+        return [records.Capability(hook=hook, state="unavailable", reason="changed") for hook in hooks]
+
+    world = World()
+    core = world.connect("core", capabilities=lacking("core.steps", "core.preemptions"))
+    worker = world.connect("worker", capabilities=lacking("worker.padding", "worker.out_of_memory"))
+    world.tell(core, records.TenantSums(tenant="acme", requests={"stop": 1}))
+    world.tell(worker, steps(steps=1, attributed_ns=1e9))
+    for family in (
+        families.TENANT_TOKENS,
+        families.TENANT_PREEMPTIONS,
+        families.PREEMPTIONS,
+        families.OUT_OF_MEMORY,
+    ):
+        assert world.find(family) == []
+    assert {s.labels["phase"] for s in world.find(families.STEP_TOKENS)} == {"prefill", "decode"}
+    assert "padding" not in {s.labels["part"] for s in world.find(families.GPU_SECONDS_BY_PART)}
+    world.tell(core, records.TenantSums(tenant="acme", output_tokens=3))
+    assert world.value(families.TENANT_TOKENS) == 3, "what was counted all the same is told"
+
+
 def test_blocks_wait_for_the_size_of_a_block() -> None:
     world = World()
     core = world.connect("core", pool=None)
