@@ -1,9 +1,12 @@
-"""Judges single records of the stream before anything believes them. Pure: a record in, a `Refused` or
-nothing out.
+"""Judges single records of the stream before anything believes them. Pure: a record in, a record or a
+`Refused` out.
 
 msgspec has checked the types by then. Here come bounds: lengths of texts and lists, ranges of numbers, words
 of closed vocabularies, parallel lists that belong together, times that lie in the future. What each field may
 hold is read from the schema once, so that a new field is bounded the day it appears.
+
+Ids and tenants come from clients of the engine, by way of header fields. What cannot be printed in them is
+replaced, always in the same way, so that no client can bring the engine's process into disrepute.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -93,18 +97,20 @@ ROLE_OF: Mapping[type, Collection[str]] = {
 }
 """Which roles may say what: a frontend cannot know blocks. A server in one process connects once per role."""
 
-_Check = Callable[[Any], Refusal | None]
+_UNPRINTABLE = "unprintable"
+_Verdict = Refusal | str | None
+"""Why a value is refused, `_UNPRINTABLE` if it has to be cleaned, or None."""
+_Check = Callable[[Any], _Verdict]
+R = TypeVar("R", bound=msgspec.Struct)
 
 
-def check(record: records.Record, hello: records.Hello, now_ns: int) -> None:
-    """Raise `Refused` if a record of the sender that said `hello` is not to be taken in.
+def check(record: records.Record, hello: records.Hello, now_ns: int) -> records.Record:
+    """The record as it may be taken in; raises `Refused` if it may not.
 
-    `now_ns` is CLOCK_MONOTONIC; records are on the same clock.
+    `hello` is the sender's. `now_ns` is CLOCK_MONOTONIC; records are on the same clock.
     """
     kind = type(record)
-    for name, judge in _FIELDS[kind]:
-        if (refusal := judge(getattr(record, name))) is not None:
-            raise Refused(refusal)
+    record = _bounded(record)
     if hello.role not in ROLE_OF.get(kind, ROLES):
         raise Refused(Refusal.WRONG_ROLE)
     at: int = getattr(record, "at", 0)
@@ -113,15 +119,15 @@ def check(record: records.Record, hello: records.Hello, now_ns: int) -> None:
     special = _SPECIAL.get(kind)
     if special is not None and not special(record, hello):
         raise Refused(Refusal.OUT_OF_RANGE)
+    return record
 
 
-def check_hello(hello: records.Hello) -> None:
-    """Raise `Refused` for a `Hello` that names nobody or is out of bounds."""
+def check_hello(hello: records.Hello) -> records.Hello:
+    """The `Hello` as it may be taken in, long texts shortened; raises `Refused` if it names nobody or is out
+    of bounds."""
     if hello.version != records.VERSION:
         raise Refused(Refusal.VERSION)
-    for name, judge in _FIELDS[records.Hello]:
-        if (refusal := judge(getattr(hello, name))) is not None:
-            raise Refused(refusal)
+    hello = _bounded(_shortened(hello))
     if not hello.sender or not hello.instance:
         raise Refused(Refusal.BAD_TEXT)
     experts = hello.experts
@@ -144,59 +150,110 @@ def check_hello(hello: records.Hello) -> None:
     )
     if not fits:
         raise Refused(Refusal.OUT_OF_RANGE)
+    return hello
+
+
+def _bounded(record: R) -> R:
+    """The record with what cannot be printed replaced; raises `Refused` for what is out of bounds."""
+    must_clean = False
+    for name, judge in _FIELDS[type(record)]:
+        verdict = judge(getattr(record, name))
+        if isinstance(verdict, Refusal):
+            raise Refused(verdict)
+        must_clean = must_clean or verdict is not None
+    if not must_clean:
+        return record
+    cleaned = msgspec.to_builtins(record, builtin_types=(bytes,))
+    # Another field may be out of bounds behind the one that was found: all are judged again.
+    return _bounded(msgspec.convert(_printable(cleaned), type(record)))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return "".join(char if char.isprintable() else "\ufffd" for char in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
+
+
+def _shortened(hello: records.Hello) -> records.Hello:
+    """Texts for people are cut: a model's path may be as long as it likes."""
+    if max(
+        map(len, (*(getattr(hello, name) for name in _FREE), *(c.reason for c in hello.capabilities)))
+    ) <= (MAX_TEXT):
+        return hello
+    changes: dict[str, Any] = {name: getattr(hello, name)[:MAX_TEXT] for name in _FREE}
+    capabilities = [
+        msgspec.structs.replace(capability, reason=capability.reason[:MAX_TEXT])
+        for capability in hello.capabilities[: MAX_CAPABILITIES + 1]
+    ]
+    return msgspec.structs.replace(hello, capabilities=capabilities, **changes)
+
+
+_FREE = ("model_name", "server", "engine_name", "engine_version", "software", "device_name")
 
 
 # Fields, by their types
 
 
+def _worst(verdicts: Iterable[_Verdict]) -> _Verdict:
+    """A refusal if there is one, else whether to clean."""
+    worst: _Verdict = None
+    for verdict in verdicts:
+        if isinstance(verdict, Refusal):
+            return verdict
+        worst = verdict or worst
+    return worst
+
+
 def _text(limit: int) -> _Check:
-    def judge(value: str) -> Refusal | None:
-        return None if len(value) <= limit and value.isprintable() else Refusal.BAD_TEXT
+    def judge(value: str) -> _Verdict:
+        if len(value) > limit:
+            return Refusal.BAD_TEXT
+        return None if value.isprintable() else _UNPRINTABLE
 
     return judge
 
 
 def _whole(least: int, most: int) -> _Check:
-    def judge(value: int) -> Refusal | None:
+    def judge(value: int) -> _Verdict:
         return None if least <= value <= most else Refusal.OUT_OF_RANGE
 
     return judge
 
 
-def _quantity(value: float) -> Refusal | None:
+def _quantity(value: float) -> _Verdict:
     # NaN fails both comparisons.
     return None if 0 <= value <= MAX_FLOAT else Refusal.OUT_OF_RANGE
 
 
-def _any(value: object) -> Refusal | None:
+def _any(value: object) -> _Verdict:
     return None
 
 
 def _list(of: _Check) -> _Check:
-    def judge(value: Collection[Any]) -> Refusal | None:
+    def judge(value: Collection[Any]) -> _Verdict:
         if len(value) > MAX_ITEMS:
             return Refusal.OUT_OF_RANGE
-        return next((refusal for item in value if (refusal := of(item)) is not None), None)
+        return _worst(map(of, value))
 
     return judge
 
 
 def _mapping(key: _Check, of: _Check) -> _Check:
-    def judge(value: Mapping[Any, Any]) -> Refusal | None:
+    def judge(value: Mapping[Any, Any]) -> _Verdict:
         if len(value) > MAX_ITEMS:
             return Refusal.OUT_OF_RANGE
-        pairs = ((key(k) or of(v)) for k, v in value.items())
-        return next((refusal for refusal in pairs if refusal is not None), None)
+        return _worst(chain(map(key, value), map(of, value.values())))
 
     return judge
 
 
 def _struct(fields: tuple[tuple[str, _Check], ...]) -> _Check:
-    def judge(value: object) -> Refusal | None:
+    def judge(value: object) -> _Verdict:
         if value is None:
             return None
-        found = (of(getattr(value, name)) for name, of in fields)
-        return next((refusal for refusal in found if refusal is not None), None)
+        return _worst(of(getattr(value, name)) for name, of in fields)
 
     return judge
 

@@ -46,7 +46,7 @@ def diagnose(config: Config) -> list[Check]:
             Check("engines.receiver", "record stream", Status.INFO, "switched off by engines.enabled: false")
         ]
     found = look_at(config.engines)
-    checks = [socket_check(found)]
+    checks = [socket_check(found), *allowed_check(config.engines)]
     if found.state != "answers":
         return checks
     try:
@@ -100,6 +100,22 @@ def socket_check(found: Socket) -> Check:
         case _:
             text = "nobody listens there now" if found.state == "stale" else "not there"
             return Check(name, title, Status.INFO, f"{found.path}: {text}; a running agent makes it")
+
+
+def allowed_check(config: EnginesConfig) -> list[Check]:
+    """Say so if any user of the machine may send."""
+    is_open = config.socket_mode.bits & 0o002 and config.directory_mode.bits & 0o001
+    if config.allow_uids or config.allow_namespaces or not is_open:
+        return []
+    return [
+        Check(
+            "engines.allowed",
+            "who may send",
+            Status.INFO,
+            "any user of this machine whose process reaches the socket",
+            "engines.allow_uids or engines.allow_namespaces name who may, engines.directory_mode who reaches it",
+        )
+    ]
 
 
 def _ask(config: Config) -> list[Sample]:

@@ -418,7 +418,7 @@ class Receiver:
             else:
                 if not seq and isinstance(record, records.Sum):
                     return Refusal.UNACKNOWLEDGED_SUM
-                checks.check(record, sender.hello, now_ns)
+                record = checks.check(record, sender.hello, now_ns)
                 if isinstance(record, _STATES):
                     self.counts.observe_lag((now_ns - record.at) / 1e9)
                 if isinstance(record, records.ProbeState):
@@ -440,7 +440,7 @@ class Receiver:
         """The first `Hello` of a connection; closes it and gives False if the sender is not to be heard."""
         peer = connection.peer
         try:
-            checks.check_hello(hello)
+            hello = checks.check_hello(hello)
         except Refused as refused:
             self._close(connection, refused.reason)
             return False
@@ -474,7 +474,7 @@ class Receiver:
 
     def _renew(self, connection: Connection, sender: Sender, hello: records.Hello, now_ns: int) -> None:
         """A later `Hello`; raises `Refused` if it names somebody else."""
-        checks.check_hello(hello)
+        hello = checks.check_hello(hello)
         old = sender.hello
         if (hello.sender, hello.instance, hello.role, hello.engine, hello.rank) != (
             *(old.sender, old.instance, old.role, old.engine, old.rank),

@@ -39,7 +39,7 @@ class Refusal(StrEnum):
     """Of a newer sender, passed over."""
     MALFORMED_RECORD = "malformed_record"
     BAD_TEXT = "bad_text"
-    """Too long, or with characters that cannot be printed."""
+    """Too long, or empty where it has to name somebody."""
     OUT_OF_RANGE = "out_of_range"
     BAD_TIME = "bad_time"
     """Lies in the future."""

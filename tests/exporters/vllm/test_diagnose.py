@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from prometheus_client.samples import Sample
 
-from exporters.vllm.diagnose import judge, look_at, socket_check
-from gpuglass.config import EnginesConfig
+from exporters.vllm.diagnose import allowed_check, judge, look_at, socket_check
+from gpuglass.config import EnginesConfig, Mode
 from gpuglass.demo.scenario import Scenario
 from gpuglass.doctor.check import Check, Status
 from gpuglass.families import probe
@@ -45,6 +45,21 @@ def test_what_lies_at_the_sockets_path(tmp_path: Path) -> None:
     path.touch()
     assert state(path) == ("other", Status.FAIL)
     assert state(path / "below" / "agent.sock") == ("denied", Status.FAIL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_said"),
+    [
+        ({}, True),
+        ({"allow_uids": (5,)}, False),
+        ({"allow_namespaces": ("prod",)}, False),
+        ({"directory_mode": Mode("0750")}, False),
+        ({"socket_mode": Mode("0660")}, False),
+    ],
+)
+def test_it_says_when_anybody_may_send(changes: dict[str, Any], is_said: bool) -> None:
+    found = allowed_check(msgspec.structs.replace(EnginesConfig(), **changes))
+    assert [check.id for check in found] == ["engines.allowed"] * is_said
 
 
 UP = Sample(probe.UP.name, {}, 1)
