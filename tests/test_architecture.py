@@ -209,6 +209,16 @@ def test_the_top_of_the_repository_holds_what_is_expected() -> None:
     assert {name.partition("/")[0] for name in tracked()} <= TOP
 
 
+def test_the_engine_probe_is_written_for_python_3_10_as_engines_run_on_it() -> None:
+    files = sorted((ROOT / "exporters/engine_probe" / PROBE).rglob("*.py"))
+    assert files
+    for path in files:
+        ast.parse(path.read_text(), str(path), feature_version=(3, 10))
+        late = {"StrEnum", "Self", "assert_never", "tomllib", "ExceptionGroup", "TaskGroup", "UTC"}
+        found = {name for node in ast.walk(parsed(path)) if (name := getattr(node, "id", None)) in late}
+        assert not found, path
+
+
 def test_every_module_says_what_it_is_for() -> None:
     assert without_docstring(ROOT) == []
 
@@ -252,7 +262,11 @@ def plant(root: Path, path: str, text: str) -> None:
         ("exporters/gpu/a.py", "from .. import vllm", "exporters.gpu.a imports exporters.vllm"),
         ("exporters/gpu/a.py", "from ..vllm import x", "exporters.gpu.a imports exporters.vllm"),
         ("exporters/engine_probe/a.py", "import gpuglass", "exporters.engine_probe.a imports gpuglass"),
-        ("exporters/gpu/a.py", "import gpuglass_vllm.records", "exporters.gpu.a imports gpuglass_vllm.records"),
+        (
+            "exporters/gpu/a.py",
+            "import gpuglass_vllm.records",
+            "exporters.gpu.a imports gpuglass_vllm.records",
+        ),
         ("gpuglass/a.py", "from gpuglass_vllm import x", "gpuglass.a imports gpuglass_vllm"),
         ("ebpf/a.py", "import exporters.gpu", "ebpf.a imports exporters.gpu"),
         ("otel_bridge/a.py", "import exporters.gpu", "otel_bridge.a imports exporters.gpu"),
