@@ -113,7 +113,7 @@ def allowed_check(config: EnginesConfig) -> list[Check]:
             "who may send",
             Status.INFO,
             "any user of this machine whose process reaches the socket",
-            "engines.allow_uids or engines.allow_namespaces say who may, engines.directory_mode who reaches it",
+            "engines.allow_uids and engines.allow_namespaces say who may, directory_mode who reaches it",
         )
     ]
 
