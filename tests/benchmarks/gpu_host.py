@@ -53,6 +53,7 @@ def start_agent(port: int) -> subprocess.Popen[bytes]:
     """The agent with its defaults."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GPUGLASS_", "FAKE_NVML"))}
     environment["GPUGLASS_SERVER_LISTEN"] = f"127.0.0.1:{port}"
+    environment["GPUGLASS_ENGINES_ENABLED"] = "false"
     process = subprocess.Popen([sys.executable, "-m", "gpuglass", "agent"], env=environment)
     wait_ready(port)
     return process

@@ -56,6 +56,16 @@ def test_processes_and_the_unattributed_rest_add_up_to_the_used_memory(
         assert node.value("gpuglass_gpu_processes", type="compute") == 2
 
 
+def test_other_parts_of_the_agent_can_ask_who_uses_which_gpu(tmp_path: Path, proc: FakeProc) -> None:
+    scenario = Scenario().gpus(2, H200)
+    scenario.process(0, 100, mem_mib=1).process(0, 200, mem_mib=1).process(1, 300, mem_mib=5)
+    with running_node(tmp_path, scenario, proc=proc) as node:
+        seen = node.part._processes
+        node.wait(lambda: seen.on(uuid_of(1)) == {300}, what="the second GPU's process")
+        node.wait(lambda: seen.on(uuid_of(0)) == {100, 200}, what="the first GPU's processes")
+        assert seen.on(uuid_of(2)) is None
+
+
 def test_an_idle_process_has_an_sm_share_of_zero(tmp_path: Path, proc: FakeProc) -> None:
     with running_node(tmp_path, shared_gpu(), proc=proc) as node:
         node.wait_value(SM, 0.4, process="vllm")

@@ -90,6 +90,7 @@ def agent() -> Iterator[RealAgent]:
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GPUGLASS_", "FAKE_NVML"))}
     environment |= {"GPUGLASS_SERVER_LISTEN": f"127.0.0.1:{port}", "GPUGLASS_GPU_SLOW_INTERVAL": "1s"}
+    environment["GPUGLASS_ENGINES_ENABLED"] = "false"
     process = subprocess.Popen([sys.executable, "-m", "gpuglass", "agent"], env=environment)
     running = RealAgent(port, process)
     try:
