@@ -246,6 +246,8 @@ def _worker(scope: Batch, worker: WorkerTotals, now_ns: int) -> None:
                 continue
             scope.add(families.GPU_SECONDS_BY_PART, _seconds(ns), clock, part)
         scope.add(families.IDLE, _seconds(totals.idle_ns), clock)
+        if clock == "cuda":
+            scope.add(families.HOST_FED, _seconds(totals.host_fed_ns))
         scope.add_histogram(families.STEP, totals.seconds.published(), clock)
     if worker.clocks:
         scope.add_histogram(families.BATCH, worker.batches.published())

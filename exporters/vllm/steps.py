@@ -21,7 +21,16 @@ _SAMPLES = 32
 class StepTotals:
     """Steps that were timed by one clock."""
 
-    __slots__ = ("decode_ns", "dummy_ns", "idle_ns", "padding_ns", "prefill_ns", "seconds", "unattributed_ns")
+    __slots__ = (
+        "decode_ns",
+        "dummy_ns",
+        "host_fed_ns",
+        "idle_ns",
+        "padding_ns",
+        "prefill_ns",
+        "seconds",
+        "unattributed_ns",
+    )
 
     def __init__(self) -> None:
         self.prefill_ns = 0.0
@@ -30,6 +39,7 @@ class StepTotals:
         self.dummy_ns = 0.0
         self.unattributed_ns = 0.0
         self.idle_ns = 0.0
+        self.host_fed_ns = 0.0
         self.seconds = Observed(families.STEP)
 
     def parts(self) -> dict[str, float]:
@@ -151,6 +161,7 @@ class WorkerTotals:
         totals.dummy_ns += sums.dummy_ns
         totals.unattributed_ns += sums.unattributed_ns
         totals.idle_ns += sums.idle_ns
+        totals.host_fed_ns += sums.host_fed_ns
         self.prefill_tokens += sums.prefill_tokens
         self.decode_tokens += sums.decode_tokens
         self.padded_tokens += sums.padded_tokens

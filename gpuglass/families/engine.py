@@ -501,9 +501,10 @@ GPU_SECONDS_BY_PART = _worker(
     "engine_gpu_seconds_total",
     Kind.COUNTER,
     "seconds",
-    "GPU time of a worker's steps by part: prefill and decode (split over requests), padding (padded tokens "
-    "of captured batches), dummy (steps without a request), unattributed (steps whose requests are unknown). "
-    "The parts add up to the time of all steps. clock is cuda (events on the stream) or wall (a CPU engine).",
+    "Time that a worker's steps took on the GPU's stream, by part: prefill and decode (split over requests), "
+    "padding (padded tokens of captured batches), dummy (steps without a request), unattributed (steps whose "
+    "requests are unknown). The parts add up to the time of all steps. clock is cuda (events on the stream) "
+    "or wall (a CPU engine).",
     "clock",
     "part",
 )
@@ -514,6 +515,14 @@ IDLE = _worker(
     "Time between steps in which the GPU waited although requests ran: the engine's CPU was the brake. Not "
     "part of gpuglass_engine_gpu_seconds_total.",
     "clock",
+)
+HOST_FED = _worker(
+    "engine_host_fed_seconds_total",
+    Kind.COUNTER,
+    "seconds",
+    "Part of gpuglass_engine_gpu_seconds_total in steps that were not one captured graph. The GPU may have "
+    "waited for the host within them; how long cannot be told.",
+    absent="No such worker, or it runs on a CPU.",
 )
 STEP = _worker(
     "engine_step_seconds",

@@ -523,14 +523,19 @@ class Bench:
 
         synchronize(self.cuda)
         threads, began = thread_ns(), time.perf_counter_ns()
+        spent = {hook.name: hook.ns for hook in hook_table()._hooks.values()}
         self.taps.start(before)
         self.generate(requests, tokens)
         self.taps.switch(True)
+        steps = sum(row.on for row in self.taps.rows)
+        for hook in hook_table()._hooks.values():
+            if hook.ns - spent[hook.name] > 1000 * steps:
+                say(f"  {hook.name}: {(hook.ns - spent[hook.name]) / steps / 1e3:.1f} us per step")
         threads, elapsed = thread_ns() - threads, time.perf_counter_ns() - began
         periods = self.taps.periods(requests)
         blocks: dict[int, list[float]] = {}
         state: dict[int, bool] = {}
-        hook: list[int] = []
+        taken: list[int] = []
         usable: dict[bool, list[tuple[int, float]]] = {True: [], False: []}
         for index, on, us, hook_ns in periods:
             block = index // BLOCK
@@ -539,14 +544,14 @@ class Bench:
                 state[block] = on
                 usable[on].append((index, us))
                 if on:
-                    hook.append(hook_ns)
+                    taken.append(hook_ns)
         pairs = []
         for block in sorted(blocks):
             if block % 2 == 0 and block + 1 in blocks and state[block] != state[block + 1]:
                 one, two = statistics.median(blocks[block]), statistics.median(blocks[block + 1])
                 on, off = (one, two) if state[block] else (two, one)
                 pairs.append((on - off) / off * 100)
-        if not pairs or not hook:
+        if not pairs or not taken:
             say("too few decode steps", len(periods))
             return
         off_us = statistics.median(us for _, us in usable[False])
@@ -556,9 +561,9 @@ class Bench:
         self.put(f"step_percent_more{label}", statistics.median(pairs), requests)
         self.put(f"step_percent_more_low{label}", low, requests)
         self.put(f"step_percent_more_high{label}", high, requests)
-        self.put(f"hook_us{label}", statistics.mean(hook) / 1e3, requests)
-        self.put(f"hook_us_median{label}", statistics.median(hook) / 1e3, requests)
-        self.put(f"hook_cpu_percent{label}", statistics.mean(hook) / 1e3 / off_us * 100, requests)
+        self.put(f"hook_us{label}", statistics.mean(taken) / 1e3, requests)
+        self.put(f"hook_us_median{label}", statistics.median(taken) / 1e3, requests)
+        self.put(f"hook_cpu_percent{label}", statistics.mean(taken) / 1e3 / off_us * 100, requests)
         self.put(f"thread_cpu_percent{label}", threads / elapsed * 100, requests)
         longer = {on: longer_than_neighbours(usable[on]) for on in (True, False)}
         self.put(f"steps_longer_percent_on{label}", longer[True], requests)

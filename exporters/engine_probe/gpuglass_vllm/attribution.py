@@ -111,6 +111,8 @@ class Step:
     """Tokens that were computed beside those of requests, to fill a captured batch."""
     ended: tuple[int, ...] = ()
     """Slots that are free once this step is divided."""
+    host_fed: bool = False
+    """The host launched it piece by piece: the device may have waited within it."""
     continues: bool = False
     """Requests of the step before run on: a pause between the two is idleness."""
 
@@ -127,6 +129,7 @@ class _Totals:
     decode_tokens: int = 0
     padded_tokens: int = 0
     prefill: float = 0.0
+    host_fed: float = 0.0
     flops: float = 0.0
     request_steps: int = 0
     seconds: list[int] = field(default_factory=lambda: [0] * (len(STEP_SECONDS) + 1))
@@ -386,6 +389,8 @@ class Ledger:
             self._adding = run
         totals.steps += 1
         totals.unattributed += unattributed_ns
+        if step.host_fed:
+            totals.host_fed += busy_ns
         totals.seconds[bisect_left(_STEP_BOUNDS_NS, busy_ns)] += 1
         if run is None:
             totals.dummy += busy_ns
@@ -501,6 +506,7 @@ class Ledger:
                     decode_tokens=totals.decode_tokens,
                     padded_tokens=totals.padded_tokens,
                     prefill_ns=totals.prefill,
+                    host_fed_ns=totals.host_fed,
                     flops=totals.flops,
                     seconds=totals.seconds,
                     requests=totals.requests,

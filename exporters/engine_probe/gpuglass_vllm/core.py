@@ -25,6 +25,8 @@ logger = logging.getLogger("gpuglass_vllm")
 
 SEE_EVERY_NS = 240_000_000
 """A round through the running requests starts so often."""
+_MANY = 64
+"""Running requests above which a round starts half as often."""
 _SLICE = 16
 """Running requests looked at per step."""
 MAX_OPEN = 20_000
@@ -161,11 +163,13 @@ class CoreProbe:
                 back = self._open.get(request_id) if request_id in resumed else None
                 if back is not None:
                     self._resumed(back, int(computed), now)
-        if self._round is not None or now - self._round_start >= SEE_EVERY_NS:
+        if self._round is not None or now - self._round_start >= SEE_EVERY_NS * (
+            2 if len(self._running) > _MANY else 1
+        ):
             self._look(now)
 
     def on_update(self) -> None:
-        """A step's tokens are known, and there are requests that waited for their first."""
+        """A step's tokens are known: some requests may have waited for their first."""
         now = time.monotonic_ns()
         for request_id, opened in list(self.awaiting.items()):
             if len(opened.request.output_token_ids) > 0:
@@ -273,6 +277,7 @@ class CoreProbe:
         if opened.scheduled_ns < 0:
             opened.scheduled_ns = now
             self.awaiting[opened.request.request_id] = opened
+            table.hook("core.tokens").wanted = True
         opened.running = True
         self._running[opened.request.request_id] = self._changed[opened.request.request_id] = opened
         opened.seen_ns = now
@@ -350,7 +355,8 @@ class CoreProbe:
         if opened.running:
             with self._tenants.lock:
                 self._see(opened, now, {})
-        self._note_freed(opened.request.request_id, now)
+        if table.hook("core.evictions").on:
+            self._note_freed(opened.request.request_id, now)
 
     def _holders(self) -> list[tuple[float, str]]:
         """The requests that hold most blocks right now, most first."""
@@ -363,7 +369,7 @@ class CoreProbe:
         """Remember since when cached blocks are without a holder; of long lists, some."""
         assert self.pool is not None
         for blocks in self.pool.lists(request_id):
-            for index in range(0, len(blocks), max(1, len(blocks) // 64)):
+            for index in range(0, len(blocks), max(1, len(blocks) // 16)):
                 block = blocks[index]
                 if block.ref_cnt == 1 and getattr(block, "block_hash", None) is not None:
                     self._freed.pop(block.block_id, None)
@@ -517,8 +523,9 @@ def _planned(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
 
 def _updated(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
     probe = _probes.get(id(scheduler))
-    if probe is not None and probe.awaiting:
+    if probe is not None:
         probe.on_update()
+    table.hook("core.tokens").wanted = any(other.awaiting for other in _probes.values())
 
 
 def _called_by(name: str) -> bool:

@@ -36,7 +36,7 @@ class InjectedFault(Exception):
 class Hook:
     """One thing that is observed, by one or more wrapped methods. `on` is read before each call."""
 
-    __slots__ = ("_fault", "_logged", "errors", "name", "ns", "on", "reason", "role", "state")
+    __slots__ = ("_logged", "errors", "fault", "name", "ns", "on", "reason", "role", "state", "wanted")
 
     def __init__(self, name: str, role: str) -> None:
         """`name` starts with the role: `core.kv`. The hook is unavailable until `activate` is called."""
@@ -47,8 +47,10 @@ class Hook:
         self.reason = "the engine did not come to the point where it is observed"
         self.errors = 0
         self.ns = 0
+        self.wanted = True
+        """False: there is nothing to see for now; spares a call that is made in each step."""
+        self.fault = False
         self._logged = False
-        self._fault = False
 
     def activate(self) -> bool:
         """Switch on, unless the operator or earlier errors switched it off; whether it is on."""
@@ -56,7 +58,7 @@ class Hook:
         if {self.name, self.role, "all"} & current.disabled:
             self._set("disabled", "by GPUGLASS_DISABLE")
         elif self.state != "disabled":
-            self._fault = bool({self.name, self.role, "all"} & current.fault)
+            self.fault = bool({self.name, self.role, "all"} & current.fault)
             self.state, self.reason, self.on = "active", "", True
         return self.on
 
@@ -76,7 +78,7 @@ class Hook:
 
     def check(self) -> None:
         """Raise if a fault is to be injected here."""
-        if self._fault:
+        if self.fault:
             raise InjectedFault(self.name)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -175,16 +177,18 @@ def _wrapped(
 ) -> Callable[..., Any]:
     clock = time.perf_counter_ns
 
+    # Runs in each step of the engine, its instructions and data cold: as few calls as can be.
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not hook.on:
+        if not (hook.on and hook.wanted):
             return original(*args, **kwargs)
         this, rest = (None, args) if static else (args[0], args[1:])
         token = None
         if before is not None:
             start = clock()
             try:
-                hook.check()
+                if hook.fault:
+                    hook.check()
                 token = before(this, rest, kwargs)
             except Exception as error:
                 hook.failed(error)
@@ -202,7 +206,8 @@ def _wrapped(
         if after is not None and hook.on:
             start = clock()
             try:
-                hook.check()
+                if hook.fault:
+                    hook.check()
                 after(this, rest, kwargs, result, token)
             except Exception as error:
                 hook.failed(error)

@@ -343,6 +343,9 @@ class StepSums(_Record, tag="steps", frozen=True, kw_only=True):
     padded_tokens: int = 0
     prefill_ns: float = 0.0
     """Part of `attributed_ns` that went to prefill."""
+    host_fed_ns: float = 0.0
+    """Part of GPU time in steps that were not one captured graph: the device may have waited for the host
+    within them, and how long cannot be told."""
     flops: float = 0.0
     """Modelled floating-point operations of this rank; 0 if the engine has no model of itself."""
     seconds: list[int] = []

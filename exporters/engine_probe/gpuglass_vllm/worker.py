@@ -96,10 +96,8 @@ def _wrap_methods(cls: type) -> None:
 
     on("compile_or_warm_up_model", EXPERTS, before=call("bind_experts"))
     on("compile_or_warm_up_model", STEPS, before=call("warm_up"), after=call("start"))
-    on("execute_model", OUT_OF_MEMORY, on_error=call("failed"))
-    on("sample_tokens", OUT_OF_MEMORY, on_error=call("sampling_failed"))
-    on("execute_model", STEPS, before=call("execute"), after=call("executed"), on_error=call("cancel"))
-    on("sample_tokens", STEPS, before=call("sample"), after=call("sampled"), on_error=call("cancel"))
+    on("execute_model", STEPS, before=call("execute"), after=call("executed"), on_error=call("failed"))
+    on("sample_tokens", STEPS, before=call("sample"), after=call("sampled"), on_error=call("sampling_failed"))
     on("execute_dummy_batch", STEPS, before=call("dummy"), after=call("sampled"), on_error=call("cancel"))
 
 
@@ -125,7 +123,8 @@ class Probe:
         self._step: Step | None = None
         self._output: Any = None
         self._chosen = False
-        self._forwarded = False
+        self._replays = 0
+        """Captured graphs replayed in the step."""
         self._padded = 0
         self._graph_sizes: set[int] = set()
         """Numbers of tokens whose steps replay captured graphs."""
@@ -256,7 +255,7 @@ class Probe:
             if not self.clock.begin(step, step.run.tokens in self._graph_sizes):
                 self._untimed(step)
         self._step, self._output = step, output
-        self._forwarded = False
+        self._replays = 0
         experts = self.experts
         self._chosen = experts is not None and EXPERTS.on and experts.begin(step.run.tokens)
 
@@ -264,8 +263,8 @@ class Probe:
         """A captured graph is about to be replayed; in a step, the first one begins the forward pass."""
         if self._step is None:
             return
-        if not self._forwarded:
-            self._forwarded = True
+        self._replays += 1
+        if self._replays == 1:
             self.clock.forward()
         if self._chosen and self.experts is not None:
             held = getattr(graph, _HELD, None)
@@ -277,7 +276,9 @@ class Probe:
         step, output = self._step, self._output
         if step is None or step.run is None:
             return
-        if self._forwarded:
+        if self.on_cuda:
+            step.host_fed = self._replays != 1
+        if self._replays:
             if len(self._graph_sizes) < _GRAPH_SIZES:
                 self._graph_sizes.add(step.run.tokens)
         else:
@@ -331,13 +332,16 @@ class Probe:
 
     def failed(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
         """`execute_model` raised: if memory ran out, tell which batch it was."""
-        self._tell_out_of_memory(error, args[0] if args else kwargs.get("scheduler_output"))
+        output = args[0] if args else kwargs.get("scheduler_output")
+        _guarded(OUT_OF_MEMORY, self._tell_out_of_memory, error, output)
+        self.cancel(args, kwargs, error, token)
 
     def sampling_failed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any
     ) -> None:
         """`sample_tokens` raised."""
-        self._tell_out_of_memory(error, self._output)
+        _guarded(OUT_OF_MEMORY, self._tell_out_of_memory, error, self._output)
+        self.cancel(args, kwargs, error, token)
 
     def _tell_out_of_memory(self, error: BaseException, output: Any) -> None:
         # By name: torch has one for the device's memory, and older versions have it elsewhere.
