@@ -47,6 +47,11 @@ _TITLES = {
 """What the command lines of a role's processes look like."""
 
 
+def cores() -> list[int]:
+    """The processor cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def environment(
     site: Path | None = None, socket: Path | None = None, more: Mapping[str, str] | None = None
 ) -> dict[str, str]:
@@ -63,6 +68,8 @@ def environment(
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        # Small models gain nothing from more threads, and threads that wait take cores from others.
+        "VLLM_CPU_OMP_THREADS_BIND": str(cores()[0]),
     }
     probe = {"PYTHONPATH": str(site)} if site else {}
     told = {"GPUGLASS_SOCKET": str(socket)} if socket else {}

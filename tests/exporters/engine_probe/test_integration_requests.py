@@ -291,7 +291,7 @@ def test_two_api_servers_tell_of_their_own_requests(pair: Probed, pair_receiver:
 
 
 def test_a_shared_prefix_counts_once(pair: Probed, pair_receiver: ProbeReceiver) -> None:
-    shared, own, output = 800, 40, 100
+    shared, own, output = 800, 40, 240
     prefix = tokens(shared, 7)
     assert complete(pair.address, prefix, 1).ok  # leaves the prefix in the cache
     pair_receiver.settle()
@@ -333,7 +333,8 @@ def test_a_shared_prefix_counts_once(pair: Probed, pair_receiver: ProbeReceiver)
         # One of the two runs a step before the other, and alone it holds all of the prefix.
         assert both / 2 + alone <= end.peak_blocks <= both + alone
         took = end.prefill_ns + end.decode_ns
-        assert end.kv_block_ns / took == pytest.approx(both / 2 + alone, rel=0.2)
+        # It grows from 2 blocks of its own to `alone`; a moment alone adds little.
+        assert both / 2 + 2 <= end.kv_block_ns / took <= both / 2 + alone + 2
 
 
 def test_evictions_tell_how_long_a_cached_block_was_not_held(

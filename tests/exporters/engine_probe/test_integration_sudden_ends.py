@@ -14,7 +14,7 @@ from gpuglass_vllm import records
 from tests.exporters.engine_probe.conftest import MIDDLEWARE, TENANTS, Probed
 from tests.support.load import Reply, complete, complete_all, tokens
 from tests.support.probe_receiver import ProbeReceiver, running_receiver
-from tests.support.vllm import RunningVllm, running_vllm
+from tests.support.vllm import RunningVllm, cores, running_vllm
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
 
@@ -78,10 +78,10 @@ def test_tensor_parallel_ranks_and_kill_9_of_a_worker(probe_site: Path, qwen: Pa
         "80",
         *MIDDLEWARE,
     )
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores()[0]}|{cores()[-1]}"}
     with (
         running_receiver(socket) as receiver,
-        running_vllm(short_path, qwen, args, site=probe_site, socket=socket, env=cores | TENANTS) as server,
+        running_vllm(short_path, qwen, args, site=probe_site, socket=socket, env=bound | TENANTS) as server,
     ):
         receiver.wait(lambda: len(receiver.senders()) >= 4, "all roles")
         receiver.settle()
