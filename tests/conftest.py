@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from gpuglass.demo import distribution
 from tests.support import tools
 
 pytest_plugins = ["tests.support.plugin"]
+
+# A loaded machine is no defect of the code: `timeout` ends what hangs.
+hypothesis.settings.register_profile("gpuglass", deadline=None)
+hypothesis.settings.load_profile("gpuglass")
 
 
 def _built(name: str) -> Path:
