@@ -270,7 +270,7 @@ def test_the_real_go_says_what_is_wrong_with_a_module(
 
 
 def test_every_tool_has_its_pinned_module() -> None:
-    folders = {path.name for path in PROMETHEUS.modules.iterdir() if path.is_dir()}
+    folders = {path.parent.name for path in PROMETHEUS.modules.glob("*/go.mod")}
     assert folders == set(TOOLS)
     for name in folders:
         assert (PROMETHEUS.modules / name / "go.mod").exists()
@@ -379,8 +379,9 @@ def test_benchmarks_become_a_table(tmp_path: Path) -> None:
 
 
 def make(folder: Path, *arguments: str) -> Outcome:
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("Makefile", "pyproject.toml", "exporters/engine_probe/pyproject.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     plain = {
         key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     }

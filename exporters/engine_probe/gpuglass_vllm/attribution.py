@@ -136,6 +136,38 @@ class _Totals:
     requests: list[int] = field(default_factory=lambda: [0] * (len(BATCH_REQUESTS) + 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """Requests and their GPU time so far, taken from a ledger at one moment. Parallel lists."""
+
+    ids: list[str]
+    gpu_ns: list[float]
+    recompute_ns: list[float]
+    ended: list[tuple[str, float, float]]
+    """(id, GPU time, of that recomputation) of requests that will not change any more."""
+
+    def records(self, at: int) -> list[GpuProgress]:
+        """As they are sent."""
+        ended = [short_id(request_id) for request_id, _, _ in self.ended]
+        ids = [short_id(request_id) for request_id in self.ids] + ended
+        gpu = self.gpu_ns + [gpu_ns for _, gpu_ns, _ in self.ended]
+        recompute = self.recompute_ns + [recompute_ns for _, _, recompute_ns in self.ended]
+        result = []
+        for start in range(0, len(ids), IDS_PER_RECORD):
+            part = slice(start, start + IDS_PER_RECORD)
+            here = set(ids[part])
+            result.append(
+                GpuProgress(
+                    at=at,
+                    request_ids=ids[part],
+                    gpu_ns=gpu[part],
+                    recompute_ns=recompute[part] if any(recompute[part]) else [],
+                    ended=[request_id for request_id in ended if request_id in here],
+                )
+            )
+        return result
+
+
 class Ledger:
     """GPU time by request and tenant on one rank. The caller serialises all calls."""
 
@@ -450,8 +482,8 @@ class Ledger:
 
     # What is told
 
-    def progress(self, at: int, everything: bool) -> list[GpuProgress]:
-        """GPU time of the requests that it changed for since the last call (or of all open ones)."""
+    def gains(self, everything: bool) -> Gains:
+        """Requests whose GPU time has changed since the last call (or all open ones that have some)."""
         self._settle()
         if everything:
             self._changed[
@@ -459,28 +491,14 @@ class Ledger:
             ] = True
         slots = np.flatnonzero(self._changed)
         self._changed[slots] = False
-        gpu, recompute = self._gpu[slots].tolist(), self._recompute[slots].tolist()
-        ids = [short_id(self._ids[slot]) for slot in slots]
-        ended = [short_id(request_id) for request_id, _, _ in self._ended]
-        for (_, gpu_ns, recompute_ns), request_id in zip(self._ended, ended, strict=True):
-            ids.append(request_id)
-            gpu.append(gpu_ns)
-            recompute.append(recompute_ns)
+        ended = list(self._ended)
         self._ended.clear()
-        result = []
-        for start in range(0, len(ids), IDS_PER_RECORD):
-            part = slice(start, start + IDS_PER_RECORD)
-            here = set(ids[part])
-            result.append(
-                GpuProgress(
-                    at=at,
-                    request_ids=ids[part],
-                    gpu_ns=gpu[part],
-                    recompute_ns=recompute[part] if any(recompute[part]) else [],
-                    ended=[request_id for request_id in ended if request_id in here],
-                )
-            )
-        return result
+        return Gains(
+            [self._ids[slot] for slot in slots],
+            self._gpu[slots].tolist(),
+            self._recompute[slots].tolist(),
+            ended,
+        )
 
     def sums(self, clock: str) -> list[StepSums | TenantSums]:
         """What was added since the last call; each increase is given exactly once."""

@@ -155,6 +155,8 @@ class Probe:
             self.link.start()
         if self.experts is not None:
             self.experts.routing.capture_end()  # also if a capture failed on the way
+        elif EXPERTS.on:
+            EXPERTS.unavailable("the model's layers could not be bound: an error of the probe, see the log")
         self.live = True
 
     def _describe_device(self) -> None:
@@ -435,7 +437,8 @@ class WorkerSource:
         result: list[records.Record] = []
         _guarded(STEPS, probe.drain_clock)
         with probe.lock:
-            result += probe.ledger.progress(at, everything)
+            gains = probe.ledger.gains(everything)
+        result += gains.records(at)
         now = time.monotonic()
         if ALLOCATOR.on and (everything or now >= self._next_allocator):
             self._next_allocator = now + ALLOCATOR_INTERVAL

@@ -62,7 +62,7 @@ def step_sums(ledger: Ledger) -> StepSums:
 
 def progress(ledger: Ledger) -> dict[str, float]:
     result: dict[str, float] = {}
-    for record in ledger.progress(0, False):
+    for record in ledger.gains(False).records(0):
         result.update(zip(record.request_ids, record.gpu_ns, strict=True))
     return result
 
@@ -141,7 +141,7 @@ def test_what_goes_in_comes_out(actions: Any, resend: bool, lag: int, model: Wor
 
     def collect() -> None:
         nonlocal tenants
-        for record in ledger.progress(0, False):
+        for record in ledger.gains(False).records(0):
             requests.update(zip(record.request_ids, record.gpu_ns, strict=True))
             ended.extend(record.ended)
         for record in ledger.sums("cuda"):
@@ -251,7 +251,7 @@ def test_recomputed_tokens_are_told_apart(resend: bool) -> None:
         again = output([], {"v": 32}, {"v": 70}, resumed=("v",))
     ledger.add(ledger.observe(again, tenant_of), 70)
     ledger.add(ledger.observe(output([], {"v": 102}, {"v": 1}), tenant_of), 1)
-    (record,) = ledger.progress(0, False)
+    (record,) = ledger.gains(False).records(0)
     assert record.gpu_ns == pytest.approx([172])
     assert record.recompute_ns == pytest.approx([69])  # 32 to 101; the last token is new
     tenant = next(r for r in ledger.sums("cuda") if isinstance(r, TenantSums))
@@ -263,7 +263,7 @@ def test_a_rejected_draft_is_no_recomputation() -> None:
     ledger.add(ledger.observe(output([new("s", 10)], {}, {"s": 10}), tenant_of), 10)
     ledger.add(ledger.observe(output([], {"s": 10}, {"s": 4}), tenant_of), 4)
     ledger.add(ledger.observe(output([], {"s": 11}, {"s": 4}), tenant_of), 4)
-    (record,) = ledger.progress(0, False)
+    (record,) = ledger.gains(False).records(0)
     assert record.recompute_ns == []
     assert record.gpu_ns == pytest.approx([18])
 
@@ -272,12 +272,12 @@ def test_an_ended_request_is_told_once_with_its_last_value() -> None:
     ledger = Ledger(BY_TOKENS)
     ledger.add(ledger.observe(output([new("a", 4)], {}, {"a": 4}), tenant_of), 40)
     step = ledger.observe(output([new("b", 2)], {}, {"b": 2}, finished=("a",)), tenant_of)
-    assert [r.ended for r in ledger.progress(0, False)] == [[]]
+    assert [r.ended for r in ledger.gains(False).records(0)] == [[]]
     ledger.add(step, 20)
-    (record,) = ledger.progress(0, False)
+    (record,) = ledger.gains(False).records(0)
     assert record == GpuProgress(at=0, request_ids=["b", "a"], gpu_ns=[20, 40], ended=["a"])
-    assert ledger.progress(0, False) == []
-    (record,) = ledger.progress(0, True)
+    assert ledger.gains(False).records(0) == []
+    (record,) = ledger.gains(True).records(0)
     assert record.request_ids == ["b"]
 
 
@@ -332,6 +332,6 @@ def test_records_fit_into_packets() -> None:
     step = ledger.observe(output([new(i, 1) for i in ids], {}, dict.fromkeys(ids, 1)), tenant_of)
     ledger.add(step, 1e9 / 3)
     ledger.end(Step(None, ended=ledger.observe(output(finished=tuple(ids)), tenant_of).ended))
-    told = ledger.progress(0, False)
+    told = ledger.gains(False).records(0)
     assert sum(len(r.request_ids) for r in told) == 1000
     assert max(len(msgspec.msgpack.encode(r)) for r in told) < records.MAX_PACKET - 1024
