@@ -56,6 +56,8 @@ EXPIRE_NS = 900_000_000_000
 RETIRE_NS = 600_000_000_000
 """How long the account of an engine outlives its processes: several scrapes, whatever their interval."""
 MAX_ACCOUNTS = 512
+MAX_OPEN = 100_000
+"""Open requests of all engines together: whoever may send cannot make the agent grow by inventing engines."""
 _WORKLOAD = 3
 """Labels of the workload, the last ones of an engine."""
 _SWEEP_NS = 5_000_000_000
@@ -371,7 +373,9 @@ class Ledger:
             return request
         if request_id in server.done:
             return None
-        if len(server.requests) >= self.settings.requests * len(server.engines):
+        if len(server.requests) >= self.settings.requests * len(server.engines) or MAX_OPEN <= sum(
+            len(other.requests) for other in self.servers.values()
+        ):
             engine.account.untracked["limit"] += 1
             server.remember(request_id)
             raise Refused(Refusal.TOO_MANY_REQUESTS)

@@ -321,6 +321,17 @@ def test_more_open_requests_than_allowed_are_refused_once_each_and_their_sums_co
     assert world.value(families.TRACKED) == 2
 
 
+def test_many_engines_have_a_bound_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporters.vllm.ledger.MAX_OPEN", 5)
+    world = World()
+    for number in range(5):
+        core = world.connect("core", instance=f"server-{number}", server=f"s{number}")
+        world.tell(core, records.RequestProgress(at=world.now, request_id="r1"))
+    with pytest.raises(Refused) as refused:
+        world.tell(core, records.RequestProgress(at=world.now, request_id="r2"))
+    assert refused.value.reason is Refusal.TOO_MANY_REQUESTS
+
+
 def test_a_request_whose_end_was_dropped_is_let_go_when_its_core_has_none_left() -> None:
     world = World()
     core = world.connect("core")
