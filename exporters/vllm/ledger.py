@@ -373,8 +373,9 @@ class Ledger:
             return request
         if request_id in server.done:
             return None
-        if len(server.requests) >= self.settings.requests * len(server.engines) or MAX_OPEN <= sum(
-            len(other.requests) for other in self.servers.values()
+        if (
+            len(server.requests) >= self.settings.requests * len(server.engines)
+            or sum(len(other.requests) for other in self.servers.values()) >= MAX_OPEN
         ):
             engine.account.untracked["limit"] += 1
             server.remember(request_id)

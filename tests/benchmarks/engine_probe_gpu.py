@@ -576,6 +576,38 @@ class Bench:
             self.put(f"step_us_max_{word}{label}", values[-1], requests)
         say("pairs", len(pairs), "steps", len(usable[True]), len(usable[False]))
 
+    # (t)
+
+    def host_time(self, requests: int, tokens: int) -> None:
+        """Where the hooks' time goes: medians of their parts. The stopwatch adds about a microsecond to each."""
+        from gpuglass_vllm import attribution, core, experts, gpu_clock, worker
+
+        watched: list[tuple[Any, str]] = [
+            (gpu_clock.EventClock, "begin forward end poll _look _recorded"),
+            (worker.Probe, "execute replay executed sample sampled _see_padding _count_experts drain_clock"),
+            (attribution.Ledger, "observe gains sums"),
+            (core.CoreProbe, "on_schedule on_update states sums"),
+            (experts.Experts, "begin finish drain"),
+        ]
+        if self.cuda:
+            import torch
+
+            watched.append((torch.cuda.Event, "record query elapsed_time"))
+        spent: dict[str, list[int]] = {}
+        before = []
+        for owner, names in watched:
+            for name in names.split():
+                before.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, stopwatch(getattr(owner, name), spent, f"{owner.__name__}.{name}"))
+        self.every(self.default_every)
+        self.generate(requests, tokens)
+        for owner, name, function in before:
+            setattr(owner, name, function)
+        for name, taken in sorted(spent.items()):
+            taken.sort()
+            middle, late = taken[len(taken) // 2] / 1e3, taken[int(len(taken) * 0.95)] / 1e3
+            say(f"  {name:30} {len(taken):6} times, median {middle:7.1f}, 95 % {late:7.1f} us")
+
     # (f)
 
     def minute(self, seconds: float, open_requests: int = 64) -> None:
@@ -735,6 +767,8 @@ class Bench:
                 self.paired(requests, tokens, self.default_every)
                 if not quick and not arguments.dry:
                     self.paired(requests, full // 2, 1, "_every1")
+            if "t" in parts:
+                self.host_time(requests, 60 if arguments.dry else 400)
         if "b" in parts and self.cuda:
             self.flush_cost()
         if "f" in parts:
@@ -806,6 +840,21 @@ def interval(values: list[float], rounds: int = 2000) -> tuple[float, float]:
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(rounds))
     return medians[int(rounds * 0.025)], medians[int(rounds * 0.975)]
+
+
+def stopwatch(function: Callable[..., Any], spent: dict[str, list[int]], name: str) -> Callable[..., Any]:
+    """The same function, its times noted by name and kind of thread."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter_ns()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            own = threading.current_thread().name.startswith("gpuglass")
+            key = f"{name} (link)" if own else name
+            spent.setdefault(key, []).append(time.perf_counter_ns() - begin)
+
+    return timed
 
 
 def longer_than_neighbours(steps: list[tuple[int, float]]) -> float:
@@ -906,7 +955,9 @@ def main() -> int:
     parser.add_argument("--runners", nargs="+", default=["2", "1"], choices=["1", "2"], help="model runners")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 64, 256], help="running requests")
     parser.add_argument(
-        "--parts", default="abcf", help="a exact counts, b kernels, c paired steps, f the minute"
+        "--parts",
+        default="abcf",
+        help="a exact counts, b kernels, c paired steps, f the minute, t where the host's time goes",
     )
     parser.add_argument(
         "--mode", default="measure", choices=["measure", "check", "both"], help="check: scatter_add"
