@@ -579,7 +579,7 @@ class Bench:
     # (t)
 
     def host_time(self, requests: int, tokens: int) -> None:
-        """Where the hooks' time goes: medians of their parts. The stopwatch itself takes about a microsecond."""
+        """Where the hooks' time goes: medians of their parts. The stopwatch adds about a microsecond."""
         from gpuglass_vllm import attribution, core, experts, gpu_clock, worker
 
         watched: list[tuple[Any, str]] = [
