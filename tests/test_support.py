@@ -167,7 +167,8 @@ def test_a_budget_that_is_no_number_is_refused(session: Session) -> None:
 
 def test_every_room_has_a_budget_and_what_is_in_no_room_is_the_cores() -> None:
     assert set(ROOMS.values()) | {CORE} == set(SECONDS)
-    assert room_of("tests/exporters/vllm/test_ledger.py::test_x") == "vLLM"
+    assert room_of("tests/exporters/engine_probe/test_hooks.py::test_x") == "vLLM"
+    assert room_of("tests/exporters/vllm/test_ledger.py::test_x") == "receiver and ledger"
     assert room_of("tests/exporters/gpu/test_nvml.py::test_x") == CORE
     assert room_of("tests/test_packaging.py::test_x") == CORE
     assert room_of("tests/test_support.py::test_x") != CORE
