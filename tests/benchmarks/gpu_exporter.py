@@ -153,8 +153,9 @@ def resident_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def cpu_share(pid: int, port: int, seconds: float) -> float:
-    """Share of one core that the process uses while it is scraped as in production."""
+@contextmanager
+def scraped(port: int) -> Iterator[None]:
+    """An agent that is scraped as in production."""
     closing = threading.Event()
 
     def scrape(path: str, interval: float) -> None:
@@ -166,15 +167,22 @@ def cpu_share(pid: int, port: int, seconds: float) -> float:
         threading.Thread(target=scrape, args=arguments)
         for arguments in (("/metrics/fast", 1.0), ("/metrics/slow", 15.0))
     ]
-    before, started = cpu_seconds(pid), time.monotonic()
     for thread in threads:
         thread.start()
-    time.sleep(seconds)
-    used, elapsed = cpu_seconds(pid) - before, time.monotonic() - started
-    closing.set()
-    for thread in threads:
-        thread.join()
-    return used / elapsed
+    try:
+        yield
+    finally:
+        closing.set()
+        for thread in threads:
+            thread.join()
+
+
+def cpu_share(pid: int, port: int, seconds: float) -> float:
+    """Share of one core that the process uses while it is scraped as in production."""
+    with scraped(port):
+        before, started = cpu_seconds(pid), time.monotonic()
+        time.sleep(seconds)
+        return (cpu_seconds(pid) - before) / (time.monotonic() - started)
 
 
 def peer_latencies(samples: int, count: int, spacing: float) -> list[float]:

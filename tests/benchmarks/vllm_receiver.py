@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpuglass_vllm import records
-from tests.benchmarks.gpu_exporter import Scraper, cpu_seconds, resident_mb, wait_ready
+from tests.benchmarks.gpu_exporter import cpu_seconds, resident_mb, scraped, wait_ready
 from tests.support.ports import free_port
 
 RATE = 20_000
@@ -341,33 +340,18 @@ def throughput(folder: Path, seconds: float) -> dict[str, float]:
 def _at_rate(
     pid: int, port: int, engines: list[Engine], senders: list[Connection], ended: int, seconds: float
 ) -> dict[str, float]:
-    closing = threading.Event()
-
-    def scrape(path: str, interval: float) -> None:
-        scraper = Scraper(port)
-        while not closing.wait(interval):
-            scraper.get(path)
-
-    threads = [
-        threading.Thread(target=scrape, args=arguments)
-        for arguments in (("/metrics/fast", 1.0), ("/metrics/slow", 15.0))
-    ]
-    for thread in threads:
-        thread.start()
-    before, cpu, start = sum(sender.sent for sender in senders), cpu_seconds(pid), time.monotonic()
-    flushes = int(seconds / FLUSH)
-    for number in range(flushes):
-        for place, engine in enumerate(engines):
-            # Engines flush at different moments.
-            due = start + FLUSH * (number + place / len(engines))
-            time.sleep(max(0.0, due - time.monotonic()))
-            engine.flush(ended)
-    elapsed = time.monotonic() - start
-    sent = sum(sender.sent for sender in senders)
-    used = cpu_seconds(pid) - cpu
-    closing.set()
-    for thread in threads:
-        thread.join()
+    with scraped(port):
+        before, cpu, start = sum(sender.sent for sender in senders), cpu_seconds(pid), time.monotonic()
+        flushes = int(seconds / FLUSH)
+        for number in range(flushes):
+            for place, engine in enumerate(engines):
+                # Engines flush at different moments.
+                due = start + FLUSH * (number + place / len(engines))
+                time.sleep(max(0.0, due - time.monotonic()))
+                engine.flush(ended)
+        elapsed = time.monotonic() - start
+        sent = sum(sender.sent for sender in senders)
+        used = cpu_seconds(pid) - cpu
     for sender in senders:
         sender.read_acks(0)
     tokens = sum(engine.tokens for engine in engines)

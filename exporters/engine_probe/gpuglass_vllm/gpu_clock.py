@@ -256,6 +256,3 @@ class WallClock(Generic[Tag]):
             deliver(tag, busy, idle, 0.0)
             done += 1
         return done
-
-
-Clock = EventClock[Tag] | WallClock[Tag]

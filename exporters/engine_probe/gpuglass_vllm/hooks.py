@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from gpuglass_vllm import records, settings
@@ -240,8 +240,3 @@ def _wrapped_coroutine(
         return result
 
     return wrapper
-
-
-def missing(owner: Any, names: Iterable[str]) -> list[str]:
-    """Those of `names` that `owner` does not have."""
-    return [name for name in names if not hasattr(owner, name)]
