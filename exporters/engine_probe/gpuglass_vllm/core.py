@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -76,10 +77,11 @@ class Open:
         "seen_ns",
     )
 
-    def __init__(self, request: Any, mark: marks.Mark, arrival_ns: int) -> None:
+    def __init__(self, request: Any, arrival_ns: int) -> None:
+        params = getattr(request, "sampling_params", None) or getattr(request, "pooling_params", None)
         self.request = request
         self.id = identity.short_id(request.request_id)
-        self.mark = mark
+        self.mark = marks.get(params)
         self.arrival_ns = arrival_ns
         self.scheduled_ns = -1
         self.first_token_ns = -1
@@ -113,7 +115,6 @@ class CoreProbe:
         self._preemptions: dict[str, int] = {}
         self._evictions = [0] * (len(records.EVICT_SECONDS) + 1)
         self._eviction_seconds = 0.0
-        self._evicted = False
         self._freed: dict[int, int] = {}
         self._round: Iterator[None] | None = None
         self._round_start = 0
@@ -141,10 +142,9 @@ class CoreProbe:
             self._follow(request)
 
     def _follow(self, request: Any) -> Open:
-        params = getattr(request, "sampling_params", None) or getattr(request, "pooling_params", None)
         now = time.monotonic_ns()
         waited = max(0.0, time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()))
-        opened = Open(request, marks.get(params), now - int(waited * 1e9))
+        opened = Open(request, now - int(waited * 1e9))
         self._open[request.request_id] = self._changed[request.request_id] = opened
         return opened
 
@@ -220,8 +220,7 @@ class CoreProbe:
         outcome, error_type = OUTCOMES.get(getattr(request.status, "name", ""), ("error", "engine"))
         now = time.monotonic_ns()
         if opened is None:
-            params = getattr(request, "sampling_params", None) or getattr(request, "pooling_params", None)
-            opened = Open(request, marks.get(params), now)
+            opened = Open(request, now)
         self.awaiting.pop(request.request_id, None)
         self._running.pop(request.request_id, None)
         self._changed.pop(request.request_id, None)
@@ -265,13 +264,9 @@ class CoreProbe:
         if freed is None:
             return
         seconds = (time.monotonic_ns() - freed) / 1e9
-        bucket = 0
-        while bucket < len(records.EVICT_SECONDS) and seconds > records.EVICT_SECONDS[bucket]:
-            bucket += 1
         with self._tenants.lock:
-            self._evictions[bucket] += 1
+            self._evictions[bisect_left(records.EVICT_SECONDS, seconds)] += 1
             self._eviction_seconds += seconds
-            self._evicted = True
 
     def _scheduled(self, opened: Open, now: int) -> None:
         if opened.scheduled_ns < 0:
@@ -439,16 +434,14 @@ class CoreProbe:
         """Tenants, preemptions and evictions."""
         with self._tenants.lock:
             preemptions, self._preemptions = self._preemptions, {}
-            evictions, seconds = self._evictions, self._eviction_seconds
-            evicted, self._evicted = self._evicted, False
-            if evicted:
-                self._evictions = [0] * len(evictions)
-                self._eviction_seconds = 0.0
+            evictions, self._evictions = self._evictions, [0] * len(self._evictions)
+            seconds, self._eviction_seconds = self._eviction_seconds, 0.0
+        evicted = any(evictions)
         if preemptions or evicted:
             yield records.CoreSums(
                 preemptions=preemptions,
                 evictions=evictions if evicted else [],
-                eviction_seconds=seconds if evicted else 0.0,
+                eviction_seconds=seconds,
             )
         yield from self._tenants.drain()
 

@@ -30,11 +30,13 @@ REASONS = {
 class Open:
     """A sequence between this server and the engine."""
 
-    __slots__ = ("arrival_ns", "start")
+    __slots__ = ("arrival_ns", "counted", "start")
 
-    def __init__(self, start: records.RequestStart, arrival_ns: int) -> None:
+    def __init__(self, start: records.RequestStart, arrival_ns: int, counted: bool) -> None:
         self.start = start
         self.arrival_ns = arrival_ns
+        self.counted = counted
+        """Its end is counted here: the core was told so when it entered."""
 
 
 class FrontendProbe:
@@ -44,8 +46,8 @@ class FrontendProbe:
         self._open: dict[str, Open] = {}
         self._tenants = TenantTable()
         self._config: Any = None
-        self.counts = False
-        """Whether ends are seen here, so that the core need not count them."""
+        self._answers = table.hook("frontend.answers")
+        """While it is on, ends are seen here, and the core need not count them."""
         self.link = Link("frontend", self)
         self._started = False
 
@@ -71,7 +73,8 @@ class FrontendProbe:
         elif settings.current().names_tenants:
             tenant = records.UNVERIFIED
         followed = len(self._open) < MAX_OPEN
-        marks.put(params, marks.Mark(tenant, self.counts and followed))
+        counted = followed and self._answers.on
+        marks.put(params, marks.Mark(tenant, counted))
         if not followed:
             return
         trace = call.trace if call is not None else _trace_of(request)
@@ -89,7 +92,7 @@ class FrontendProbe:
             max_tokens=int(getattr(params, "max_tokens", None) or 0),
             lora=str(getattr(lora, "lora_name", "") or "")[: records.MAX_ID],
         )
-        self._open[request_id] = Open(start, now - int(waited * 1e9))
+        self._open[request_id] = Open(start, now - int(waited * 1e9), counted)
         self.link.event(start)
 
     def on_answered(self, request_id: str, outcome: str, error_type: str, first_token_s: float) -> None:
@@ -108,7 +111,7 @@ class FrontendProbe:
                 first_token_ns=int(first_token_s * 1e9) if first_token_s > 0 else -1,
             )
         )
-        if self.counts:
+        if opened.counted:
             with self._tenants.lock:
                 self._tenants.of(opened.start.tenant).end(outcome, error_type)
 
@@ -255,7 +258,6 @@ def _install_refusals() -> None:
 def _constructing(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     config = kwargs.get("vllm_config", args[0] if args else None)
     if config is not None:
-        probe().counts = table.hook("frontend.answers").on
         probe().configured(config)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from gpuglass_vllm import allocator, hooks, identity, marks, records, settings
 from gpuglass_vllm.attribution import Ledger, Step
-from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Experts, HostCounts, Layout, Routing
+from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Counts, Experts, HostCounts, Layout, Routing
 from gpuglass_vllm.gpu_clock import EventClock, WallClock
 from gpuglass_vllm.link import Link
 from gpuglass_vllm.work_model import BY_TOKENS, UNKNOWN, WorkModel, device_by_name, fit
@@ -216,18 +216,19 @@ class Probe:
         layout, routers = found
         config = self.worker.vllm_config
         cuda = getattr(self.worker.device, "type", "") == "cuda"
+        counts: Counts = HostCounts(layout)
+        default = EVERY_CPU
         if cuda:
             from gpuglass_vllm.expert_kernel import DeviceCounts
 
             limit = int(config.scheduler_config.max_num_batched_tokens)
-            device_counts = DeviceCounts(layout, limit, self.worker.device)
+            counts = device_counts = DeviceCounts(layout, limit, self.worker.device)
             device_counts.warm_up()
-            routing = Routing(layout)
-            self.experts = Experts(routing, device_counts, EVERY_CUDA if every < 0 else every)
+            default = EVERY_CUDA
+        routing = Routing(layout)
+        self.experts = Experts(routing, counts, default if every < 0 else every)
+        if cuda:
             _watch_graphs(self)
-        else:
-            routing = Routing(layout)
-            self.experts = Experts(routing, HostCounts(layout), EVERY_CPU if every < 0 else every)
         for index, router in enumerate(routers):
             router.set_capture_fn(routing.capture_fn(index, router.capture_fn))
         self.layout = layout
@@ -245,8 +246,6 @@ class Probe:
             return
         output = args[0] if args else kwargs["scheduler_output"]
         with self.lock:
-            if len(self.clock) >= _POLL_FROM:
-                self.clock.poll(self._deliver)
             step = self.ledger.observe(output, marks.tenant_of)
             if self._carried:
                 step.ended += self._carried
@@ -254,10 +253,8 @@ class Probe:
             if step.run is None:  # nothing to compute, at most requests that ended
                 self._carried = step.ended
                 return
-            if not self.clock.begin(step, step.run.tokens in self._graph_sizes):
-                self._untimed(step)
-        self._step, self._output = step, output
-        self._replays = 0
+            self._begin(step, step.run.tokens in self._graph_sizes)
+        self._output = output
         experts = self.experts
         self._chosen = experts is not None and EXPERTS.on and experts.begin(step.run.tokens)
 
@@ -309,11 +306,18 @@ class Probe:
         step = Step(None, ended=self._carried)
         self._carried = ()
         with self.lock:
-            if len(self.clock) >= _POLL_FROM:
-                self.clock.poll(self._deliver)
-            if not self.clock.begin(step):
-                self._untimed(step)
+            self._begin(step, False)
+        self._chosen = False
+
+    def _begin(self, step: Step, graph: bool) -> None:
+        """Start the clock for a step; with the lock held."""
+        if len(self.clock) >= _POLL_FROM:
+            self.clock.poll(self._deliver)
+        if not self.clock.begin(step, graph):
+            self._carried += step.ended
+            step.ended = ()
         self._step = step
+        self._replays = 0
 
     def sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """All of the step is queued."""
@@ -385,10 +389,6 @@ class Probe:
 
     def _deliver(self, step: Step, busy_ns: float, idle_ns: float, unattributed_ns: float) -> None:
         self.ledger.add(step, busy_ns, idle_ns, unattributed_ns)
-
-    def _untimed(self, step: Step) -> None:
-        self._carried += step.ended
-        step.ended = ()
 
     def drain_clock(self) -> None:
         """On the link's thread: take in steps that the device has passed while no new step began."""
