@@ -29,6 +29,8 @@ MAX_ITEMS = 4096
 """Elements of any list or mapping in a record."""
 MAX_CAPABILITIES = 64
 MAX_LAYERS = 1024
+MAX_CODES = 64
+"""Kinds of failure that a process may have met; CUresult has some hundred values."""
 MAX_EXPERTS = 4096
 MAX_INT = 2**53
 """Largest whole number: beyond it a sample, which is a double, could not hold it. As nanoseconds 104 days."""
@@ -40,6 +42,7 @@ FUTURE_NS = 60 * 10**9
 """How far ahead of our clock a time may lie."""
 
 ROLES = ("frontend", "core", "worker")
+"""Roles of an engine's processes; a tracer is none of them."""
 CLOCKS = ("cuda", "wall")
 STATES = ("active", "unavailable", "disabled")
 PLACEMENTS = ("linear", "round_robin", "unknown")
@@ -60,6 +63,7 @@ _MAX_CHARACTERS = {
     "engine": 64,
     "hook": 64,
     "hook_errors": 64,
+    "function": 64,
 }
 _LEAST = {
     "queue_ns": -1,
@@ -68,6 +72,7 @@ _LEAST = {
     "first_token_ns": -1,
     "rank": -1,
     "waste_tokens": -1,
+    "untracked_bytes": -1,
 }
 """Whole numbers that say "unknown" or "none" by -1."""
 _LEAST_ANY = {"clock_offset_ns"}
@@ -92,8 +97,12 @@ ROLE_OF: Mapping[type, Collection[str]] = {
     records.HotExperts: ("worker",),
     records.AllocatorState: ("worker",),
     records.OutOfMemory: ("worker",),
+    records.StepSample: ("worker",),
+    records.CudaProcess: (records.TRACER,),
+    records.CudaStack: (records.TRACER,),
+    records.CudaEvent: (records.TRACER,),
     records.TenantSums: ROLES,
-    records.ProbeState: ROLES,
+    records.ProbeState: (*ROLES, records.TRACER),
 }
 """Which roles may say what: a frontend cannot know blocks. A server in one process connects once per role."""
 
@@ -132,7 +141,7 @@ def check_hello(hello: records.Hello) -> records.Hello:
         raise Refused(Refusal.BAD_TEXT)
     experts = hello.experts
     fits = (
-        hello.role in ROLES
+        (hello.role in ROLES or hello.role == records.TRACER)
         and len(hello.capabilities) <= MAX_CAPABILITIES
         and all(capability.state in STATES for capability in hello.capabilities)
         and (
@@ -362,6 +371,47 @@ def _out_of_memory(record: records.OutOfMemory, hello: records.Hello) -> bool:
     return len(record.request_ids) <= 16 and len(record.tokens) in (0, len(record.request_ids))
 
 
+def _step(record: records.StepSample, hello: records.Hello) -> bool:
+    count = len(record.request_ids)
+    return (
+        record.kind in records.STEP_KINDS
+        and count <= records.MAX_STEP_REQUESTS
+        and len(record.tokens) == count
+        and len(record.phases) in (0, count)
+        and len(record.gpu_ns) in (0, count)
+        and all(phase in records.STEP_PHASES for phase in record.phases)
+        and record.tid > 0
+        and record.begin_ns <= record.at
+        and record.gpu_begin_ns <= record.gpu_end_ns
+    )
+
+
+def _cuda_process(record: records.CudaProcess, hello: records.Hello) -> bool:
+    kinds = [memory.kind for memory in record.memory]
+    return (
+        record.pid > 0
+        and len(kinds) == len(set(kinds))
+        and len(record.stacks) <= records.MAX_STACKS
+        and all(kind in records.MEMORY_KINDS for kind in kinds)
+        and all(len(memory.failures) <= MAX_CODES for memory in record.memory)
+        and all(owner.kind in records.MEMORY_KINDS for owner in record.stacks)
+    )
+
+
+def _cuda_stack(record: records.CudaStack, hello: records.Hello) -> bool:
+    return record.stack > 0 and len(record.frames) <= records.MAX_FRAMES
+
+
+def _cuda_event(record: records.CudaEvent, hello: records.Hello) -> bool:
+    return (
+        record.pid > 0
+        and record.tid > 0
+        and record.kind in records.MEMORY_KINDS
+        and record.reason in records.CUDA_EVENT_REASONS
+        and record.begin_ns <= record.at
+    )
+
+
 _SPECIAL: Mapping[type, Callable[[Any, records.Hello], bool]] = {
     records.RequestStart: _start,
     records.RequestAnswered: _answered,
@@ -376,6 +426,10 @@ _SPECIAL: Mapping[type, Callable[[Any, records.Hello], bool]] = {
     records.ExpertSums: _experts,
     records.HotExperts: _hot_experts,
     records.OutOfMemory: _out_of_memory,
+    records.StepSample: _step,
+    records.CudaProcess: _cuda_process,
+    records.CudaStack: _cuda_stack,
+    records.CudaEvent: _cuda_event,
 }
 
 

@@ -90,13 +90,16 @@ def page() -> str:
         parts += [f"### `{kind.__struct_config__.tag}`", "", of_class, "", *table(kind, of_fields), ""]
     parts.append("Maps inside of records:")
     parts.append("")
-    for kind in (records.Capability, records.Pool, records.Experts):
+    for kind in (records.Capability, records.Pool, records.Experts, records.CudaMemory, records.CudaOwner):
         of_class, of_fields = texts[kind.__name__]
         parts += [f"### {kind.__name__}", "", of_class, "", *table(kind, of_fields), ""]
     words = {
         "outcome": records.OUTCOMES,
         "error_type": [word for word in records.ERROR_TYPES if word],
         "cause": records.PREEMPTION_CAUSES,
+        "step.kind": records.STEP_KINDS,
+        "cuda_event.kind": records.MEMORY_KINDS,
+        "cuda_event.reason": records.CUDA_EVENT_REASONS,
     }
     parts += [f"- `{name}` is one of {', '.join(of)}." for name, of in words.items()]
     bounds = {

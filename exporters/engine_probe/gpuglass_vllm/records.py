@@ -71,6 +71,30 @@ OUTCOMES = ("stop", "length", "abort", "error", "rejected")
 ERROR_TYPES = ("", "validation", "admission", "timeout", "out_of_memory", "engine")
 PREEMPTION_CAUSES = ("kv_full", "cache_reset", "unknown")
 
+TRACER = "tracer"
+"""Role of a CUDA memory tracer, which is no part of an engine: it speaks of any process of the machine."""
+
+STEP_KINDS = ("graph", "piecewise", "eager")
+"""How a step was launched: one captured graph, graphs with eager pieces between them, or kernel by kernel."""
+
+STEP_PHASES = ("prefill", "decode")
+
+MAX_STEP_REQUESTS = 64
+"""Requests that a `StepSample` names."""
+
+MEMORY_KINDS = ("device", "host", "managed", "virtual", "tensor")
+"""Kinds of CUDA memory: device memory of cuMemAlloc and its like, pinned host memory, managed memory,
+physical memory of cuMemCreate (expandable segments, vLLM's sleep mode). `tensor` is what PyTorch's caching
+allocator has handed out: it lies inside of device or virtual memory and is never added to it."""
+
+CUDA_EVENT_REASONS = ("failure", "large", "sample")
+
+MAX_STACKS = 16
+"""Stacks of a `CudaProcess`."""
+
+MAX_FRAMES = 48
+"""Frames of a `CudaStack`."""
+
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     pass
@@ -130,9 +154,10 @@ class Hello(_Record, tag="hello", frozen=True, kw_only=True):
     server: str = ""
     """Name that the operator gave the server (GPUGLASS_SERVER): tells servers of one model apart."""
     role: str
-    """frontend (knows who asked), core (knows blocks and outcomes), worker (knows time and experts)."""
+    """frontend (knows who asked), core (knows blocks and outcomes), worker (knows time and experts), tracer
+    (knows the CUDA memory of every process)."""
     engine_name: str
-    """vllm, sglang, …"""
+    """vllm, sglang, …; cuda-tracer for a tracer, whose model_name is empty."""
     engine_version: str
     software: str
     """What sends, with version: gpuglass-vllm/0.1.0."""
@@ -406,6 +431,140 @@ class OutOfMemory(_Record, tag="out_of_memory", frozen=True, kw_only=True):
     tokens: list[int] = []
 
 
+class StepSample(_Record, tag="step", frozen=True, kw_only=True):
+    """Event of a worker: one step that it ran, and for whom. Parallel lists, most scheduled tokens first.
+
+    Worth sending are a bounded sample, the steps of traced requests, and every step in which the allocator
+    asked the driver for memory: what was allocated then is traced to the requests of the step.
+    """
+
+    at: int
+    """When the thread that ran it was done with it."""
+    begin_ns: int
+    """When it began, on the same clock."""
+    step: int
+    """Number of the step in this process."""
+    tid: int
+    """The thread that ran it, as it sees itself (gettid(2)); the receiver translates it to the host's."""
+    kind: str
+    """graph (one captured graph), piecewise, or eager."""
+    request_ids: list[str]
+    """At most 64."""
+    tokens: list[int]
+    """Tokens scheduled for each."""
+    phases: list[str] = []
+    """prefill or decode, for each; empty: unknown."""
+    gpu_ns: list[float] = []
+    """GPU time of the step that went to each; empty: unknown."""
+    requests: int = 0
+    """Requests in the step, also those that are not named; 0: as many as are named."""
+    scheduled_tokens: int = 0
+    """Tokens of all of them; 0: the sum of `tokens`."""
+    gpu_begin_ns: int = 0
+    """When the device began and ended it, on the host's monotonic clock; 0: unknown."""
+    gpu_end_ns: int = 0
+    gpu_error_ns: int = 0
+    """How far off the two may be."""
+
+
+# CUDA memory of any process
+
+
+class CudaMemory(_Part, frozen=True, kw_only=True):
+    """One kind of CUDA memory in a process. Counts since `CudaProcess.tracking_since_ns`."""
+
+    kind: str
+    """device, host, managed, virtual or tensor."""
+    live_bytes: int
+    live_allocations: int = 0
+    allocated_bytes: int = 0
+    freed_bytes: int = 0
+    """What contexts and processes free at their end is in it."""
+    allocations: int = 0
+    frees: int = 0
+    failures: dict[int, int] = {}
+    """Calls that failed, by CUresult (2 is CUDA_ERROR_OUT_OF_MEMORY)."""
+
+
+class CudaOwner(_Part, frozen=True, kw_only=True):
+    """What one user stack has allocated and not freed."""
+
+    stack: int
+    """Id of the stack, below 2^53: the same for the same frames in every report of the sender."""
+    kind: str
+    live_bytes: int
+    live_allocations: int = 0
+    oldest_ns: int = 0
+    """When its oldest live allocation was made; 0: unknown."""
+
+
+class CudaProcess(_Record, tag="cuda_process", frozen=True, kw_only=True):
+    """State of a tracer: the CUDA memory of one process on one GPU, each 15 s, and once more when it ends."""
+
+    at: int
+    pid: int
+    """As the machine's first pid namespace numbers it."""
+    start_ticks: int
+    """When it started, in clock ticks since boot (field 22 of /proc/PID/stat): a pid alone names nobody."""
+    name: str = ""
+    """Its command name."""
+    gpu_uuid: str = ""
+    """The GPU that it uses; empty: unknown, or several."""
+    memory: list[CudaMemory] = []
+    """At most one of each kind."""
+    stacks: list[CudaOwner] = []
+    """The stacks that hold most, most first, at most 16."""
+    tracking_since_ns: int
+    """Since when allocations and frees of this process are seen; what it had before is unknown."""
+    untracked_bytes: int = -1
+    """What the driver's list of processes says beyond the ledger (context, modules, before tracking); -1:
+    unknown."""
+    lost: int = 0
+    """Allocations and frees of this process that were seen and not booked, since tracking began."""
+    epoch: int = 0
+    """Changes whenever live bytes change by anything but an allocation or a free: tracking began anew, the
+    ledger was corrected. Nothing is concluded across such a change."""
+    drifted: bool = False
+    """Ledger and driver contradict each other, and were not brought together yet."""
+    ended: bool = False
+    """The process has gone; this is the last word on it."""
+
+
+class CudaStack(_Record, tag="cuda_stack", frozen=True, kw_only=True):
+    """State of a tracer: the frames of a stack, once per connection, before it is named for the first
+    time."""
+
+    stack: int
+    frames: list[str]
+    """Innermost first, at most 48: `function (module)`, or `module+0x12ab` where there is no symbol."""
+
+
+class CudaEvent(_Record, tag="cuda_event", frozen=True, kw_only=True):
+    """Event of a tracer: one call that allocates CUDA memory. Failures, large ones, and a bounded sample."""
+
+    at: int
+    """When the call returned."""
+    begin_ns: int
+    """When it was made, on the same clock."""
+    pid: int
+    tid: int
+    """As the machine's first pid namespace numbers them."""
+    start_ticks: int = 0
+    """Of the process, as in `CudaProcess`; 0: unknown."""
+    function: str
+    """The driver's function, without suffixes: cuMemAlloc."""
+    kind: str
+    """device, host, managed, virtual or tensor."""
+    bytes: int
+    """Bytes that were asked for."""
+    code: int = 0
+    """CUresult: 0 is success."""
+    stack: int = 0
+    """0: unknown."""
+    reason: str
+    """failure, large, or sample: the first of them that holds."""
+
+
 Record = (
     Hello
     | ProbeState
@@ -424,6 +583,10 @@ Record = (
     | HotExperts
     | AllocatorState
     | OutOfMemory
+    | StepSample
+    | CudaProcess
+    | CudaStack
+    | CudaEvent
 )
 Sum = (TenantSums, CoreSums, StepSums, ExpertSums)
 """The records that may stand only in packets with `seq` > 0."""
