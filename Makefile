@@ -63,7 +63,7 @@ clean:  ## removes what make made in this folder; the caches stay
 	@touch $@
 
 .venv/.test: .venv/.demo
-	@$(BIN)/python -m pip install -qq --group test
+	@$(BIN)/python -m pip install -qq --group test -e '.[anomaly]'
 	@touch $@
 
 .venv/.lint: .venv/.test

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import MappingProxyType, ModuleType
 
-from gpuglass.families import agent, engine, gpu, probe
+from gpuglass.families import agent, anomaly, engine, gpu, probe
 from gpuglass.family import CatalogError, Family, Owner
 
-MODULES: tuple[ModuleType, ...] = (gpu, engine, probe, agent)
+MODULES: tuple[ModuleType, ...] = (gpu, engine, probe, anomaly, agent)
 
 
 def _declared(module: ModuleType) -> Iterator[Family]:

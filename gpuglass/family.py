@@ -58,7 +58,8 @@ class Family:
     `name` is the name that queries use: counters end in `_total`, info families in `_info`. `unit` is the
     name's last word before that, or empty. Label names in `optional` are left out of a sample when their
     value is empty, which Prometheus treats as the same. `absent` says what it means when there is no sample.
-    `buckets` are the upper bounds of a histogram without `+Inf`.
+    `buckets` are the upper bounds of a histogram without `+Inf`. Samples of a family with `source_labels`
+    carry, beside `labels`, those of the series that they are about.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Family:
     absent: str = ""
     optional: frozenset[str] = frozenset()
     buckets: tuple[float, ...] = ()
+    source_labels: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -85,10 +87,14 @@ class Family:
             raise CatalogError(f"{self.name}: info families, and only they, end in _info")
         if self.name.endswith(("_count", "_sum", "_bucket", "_created")):
             raise CatalogError(f"{self.name}: this ending belongs to the samples of histograms")
-        if bad := [label for label in self.labels if not _LABEL.match(label) or label in ("le", "quantile")]:
+        # A forecast's quantile is no summary's, but queries are to spell it as they do there.
+        reserved = {"le"} if self.source_labels else {"le", "quantile"}
+        if bad := [label for label in self.labels if not _LABEL.match(label) or label in reserved]:
             raise CatalogError(f"{self.name}: bad label name {bad[0]!r}")
         if len(set(self.labels)) != len(self.labels):
             raise CatalogError(f"{self.name}: a label is named twice")
+        if self.source_labels and self.kind is not Kind.GAUGE:
+            raise CatalogError(f"{self.name}: only gauges carry the labels of their source")
         if not self.optional <= set(self.labels):
             raise CatalogError(f"{self.name}: optional labels must be among the labels")
         if not self.help.endswith("."):

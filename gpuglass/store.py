@@ -8,7 +8,7 @@ that a scrape mostly joins bytes that exist already.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -76,13 +76,47 @@ def negotiate(accept: str) -> Format:
     return Format(content_type, encode)
 
 
+def line_head(family: Family, labels: Mapping[str, str]) -> str:
+    """A sample's line up to its value, the same in all formats: names are legacy names, values are escaped.
+
+    Labels are sorted by name as `prometheus_client` does; empty ones are left out.
+    """
+    pairs = [f'{name}="{_escaped(value)}"' for name, value in sorted(labels.items()) if value]
+    return f"{family.name}{{{','.join(pairs)}}} " if pairs else f"{family.name} "
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Samples of one family with source labels: beginnings of lines (`line_head`) and their values.
+
+    Tens of thousands of series change their value in each cycle and keep their labels, so the labels are
+    rendered once by who publishes them. Values are finite.
+    """
+
+    heads: Sequence[str]
+    values: Sequence[float]
+
+    def render(self) -> bytes:
+        """The lines."""
+        lines = [f"{head}{value!r}\n" for head, value in zip(self.heads, self.values, strict=True)]
+        return "".join(lines).encode("utf-8", "replace")
+
+
 @dataclass(slots=True, eq=False)
 class _Rendered:
     """Samples of one family and their renderings by content type."""
 
     family: Family
     samples: dict[tuple[str, ...], Sample]
+    lines: Lines | None = None
     bytes_by_format: dict[str, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.samples) + (len(self.lines.heads) if self.lines else 0)
 
     def render(self, fmt: Format) -> bytes:
         found = self.bytes_by_format.get(fmt.content_type)
@@ -91,8 +125,13 @@ class _Rendered:
             metric = Metric(family.base_name, family.help, family.kind.value, family.unit)
             metric.samples = list(self.samples.values())
             found = fmt.encode(_One(metric)).removesuffix(_OPENMETRICS_END)
+            if self.lines is not None:
+                found += self.lines.render()
             self.bytes_by_format[fmt.content_type] = found
         return found
+
+
+_NO_LINES: Mapping[Family, Lines] = {}
 
 
 class Store:
@@ -108,8 +147,11 @@ class Store:
         self._owner_of: dict[Family, str] = {}
         self._live: dict[str, tuple[Live, frozenset[Tier]]] = {}
 
-    def publish(self, source: str, batch: Batch) -> None:
-        """Replace everything that `source` published before. A family belongs to one source for good."""
+    def publish(self, source: str, batch: Batch, lines: Mapping[Family, Lines] = _NO_LINES) -> None:
+        """Replace everything that `source` published before. A family belongs to one source for good.
+
+        `lines` are of families with source labels that are not in `batch`.
+        """
         before = self._sources.get(source, {})
         now: dict[Family, _Rendered] = {}
         for family, samples in batch.samples.items():
@@ -120,12 +162,17 @@ class Store:
                 now[family] = (
                     old if old is not None and old.samples == samples else _Rendered(family, samples)
                 )
+        for family, of_family in lines.items():
+            if family not in self._declared or not family.source_labels or family in now:
+                raise CatalogError(f"{family.name} is not declared for lines of this process")
+            if of_family.heads:
+                now[family] = _Rendered(family, {}, of_family)
         with self._lock:
-            for family in batch.samples:
+            for family in (*batch.samples, *lines):
                 owner = self._owner_of.get(family, source)
                 if owner != source:
                     raise CatalogError(f"{family.name} is published by {owner}, not by {source}")
-            self._owner_of.update(dict.fromkeys(batch.samples, source))
+            self._owner_of.update(dict.fromkeys((*batch.samples, *lines), source))
             self._sources[source] = now
 
     def withdraw(self, source: str) -> None:
@@ -165,5 +212,5 @@ class Store:
         counts = dict.fromkeys(Tier, 0)
         for source in published:
             for entry in source.values():
-                counts[entry.family.tier] += len(entry.samples)
+                counts[entry.family.tier] += len(entry)
         return counts

@@ -42,6 +42,7 @@ def declared(name: str = "gpuglass_test_watts", kind: Kind = Kind.GAUGE, **more:
         ("gpuglass_test_info", Kind.INFO, {"labels": ("model",)}),
         ("gpuglass_test_seconds", Kind.HISTOGRAM, {"unit": "seconds", "buckets": (0.1, 1.0)}),
         ("gpuglass_test", Kind.GAUGE, {"labels": ("a", "b1_c"), "optional": frozenset({"a"})}),
+        ("gpuglass_test", Kind.GAUGE, {"labels": ("quantile",), "source_labels": True}),
     ],
 )
 def test_a_right_declaration_is_taken(name: str, kind: Kind, more: dict[str, Any]) -> None:
@@ -73,6 +74,7 @@ def test_a_right_declaration_is_taken(name: str, kind: Kind, more: dict[str, Any
         ("gpuglass_test", Kind.GAUGE, {"labels": ("le",)}, "bad label name 'le'"),
         ("gpuglass_test", Kind.GAUGE, {"labels": ("quantile",)}, "bad label name 'quantile'"),
         ("gpuglass_test", Kind.GAUGE, {"labels": ("a-b",)}, "bad label name 'a-b'"),
+        ("gpuglass_test_total", Kind.COUNTER, {"source_labels": True}, "only gauges"),
         ("gpuglass_test", Kind.GAUGE, {"labels": ("a", "b", "a")}, "a label is named twice"),
         ("gpuglass_test", Kind.GAUGE, {"labels": ("a",), "optional": frozenset({"b"})}, "optional labels"),
         ("gpuglass_test", Kind.GAUGE, {"help": "Power in watts"}, "help texts are sentences"),

@@ -14,7 +14,7 @@ from prometheus_client.samples import Exemplar
 
 from gpuglass import store as store_module
 from gpuglass.family import Batch, CatalogError, Family, Histogram, Kind, Tier
-from gpuglass.store import CONTENT_TYPE_TEXT, Format, Store, negotiate
+from gpuglass.store import CONTENT_TYPE_TEXT, Format, Lines, Store, line_head, negotiate
 
 FAST = Family("gpuglass_test_power_watts", Kind.GAUGE, "Power.", ("device",), "watts", Tier.FAST)
 SLOW = Family("gpuglass_test_energy_joules_total", Kind.COUNTER, "Energy.", ("device",), "joules")
@@ -415,3 +415,41 @@ def test_scrapes_during_publication_see_one_batch_or_the_other_and_never_a_mixtu
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+# Families with the labels of their source
+
+SOURCE = Family("gpuglass_test_score", Kind.GAUGE, "Score.", ("query",), source_labels=True)
+LABELS = {"query": "q", "pod": 'a "quoted"\\path\nü', "empty": ""}
+
+
+@pytest.mark.parametrize("fmt", [TEXT, OPENMETRICS])
+def test_lines_come_back_whole_from_the_parsers(fmt: Format) -> None:
+    store = Store((SOURCE, OTHER))
+    heads = [line_head(SOURCE, LABELS), line_head(SOURCE, {})]
+    store.publish("scores", batch((OTHER, 1, "")), {SOURCE: Lines(heads, [0.25, 1e-9])})
+    parse = parse_openmetrics if fmt.openmetrics else parse_text
+    score, up = parse(text(store, fmt=fmt))
+    found = [(sample.name, sample.labels, sample.value) for sample in score.samples]
+    without_empty = {name: value for name, value in LABELS.items() if value}
+    assert found == [(SOURCE.name, without_empty, 0.25), (SOURCE.name, {}, 1e-9)]
+    assert up.name == OTHER.name
+    assert store.series() == {Tier.FAST: 0, Tier.SLOW: 3}
+
+
+def test_lines_are_replaced_by_the_next_publication_and_go_with_their_source() -> None:
+    store = Store((SOURCE,))
+    for value in (1.0, 2.0):
+        store.publish("scores", Batch(), {SOURCE: Lines([line_head(SOURCE, {})], [value])})
+        assert f"{SOURCE.name} {value}\n" in text(store)
+    store.publish("scores", Batch(), {SOURCE: Lines([], [])})
+    assert text(store) == ""
+
+
+def test_lines_of_another_source_or_of_a_family_without_source_labels_are_refused() -> None:
+    store = Store((SOURCE, OTHER))
+    store.publish("scores", Batch(), {SOURCE: Lines([], [])})
+    with pytest.raises(CatalogError, match="is published by scores"):
+        store.publish("others", Batch(), {SOURCE: Lines([], [])})
+    with pytest.raises(CatalogError, match="not declared for lines"):
+        store.publish("scores", Batch(), {OTHER: Lines([], [])})
