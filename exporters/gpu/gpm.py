@@ -7,6 +7,7 @@ and the two sample buffers are freed when the sampler is closed.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from gpuglass.family import Family
 
 MIN_WINDOW = 0.1
 """Seconds between two samples; nvml.h asks for at least 100 ms."""
+
+MAX_WAIT = 0.005
+"""Seconds that the sampling thread waits for a window to be long enough."""
 
 GRAPHICS, SM, OCCUPANCY, DRAM = 1, 2, 3, 10
 PCIE_TX, PCIE_RX = 20, 21
@@ -52,22 +56,38 @@ def ratio(percent: float) -> float | None:
 class GpmSampler:
     """Means of GPM metrics over the time since the sample before. One per GPU or MIG instance, one thread."""
 
-    def __init__(self, take: Callable[[Any], None], metrics: Sequence[int], prefix: str = "") -> None:
+    def __init__(
+        self,
+        take: Callable[[Any], None],
+        metrics: Sequence[int],
+        prefix: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`take` reads the counters of a GPU or an instance into a sample buffer.
 
         `prefix` stands before the names of capabilities: instances can have what their parent has not.
         """
+        self._clock = clock
         self._take = take
         self._capability = {metric: prefix + CAPABILITY[metric] for metric in metrics}
         self._name = f"{prefix}gpm"
         self._samples: list[Any] = []
         self._sampled_at: float | None = None
+        self._values: dict[int, float] | None = None
         self._query = GpmQuery()
 
-    def sample(self, see: Observations, now: float) -> tuple[dict[int, float], float] | None:
-        """Values by metric id and the window in seconds; None until there is a window."""
-        if self._sampled_at is not None and now - self._sampled_at < MIN_WINDOW:
-            return None
+    def sample(self, see: Observations) -> tuple[dict[int, float], float] | None:
+        """Values by metric id and the seconds of their window; None until there is a window.
+
+        On a machine that wakes us late the next tick can come too soon for a window: the last values stand then, with
+        0 seconds, since they were told before.
+        """
+        # The counters are read when the driver gets to it, not when the tick began: its own time is what counts.
+        short = 0.0 if self._sampled_at is None else MIN_WINDOW - (self._clock() - self._sampled_at)
+        if short > MAX_WAIT:
+            return None if self._values is None else (self._values, 0.0)
+        if short > 0:
+            time.sleep(short)  # at an interval of 100 ms each tick comes by the duration of a call too soon
         while len(self._samples) < 2:
             buffer = see.read(self._name, pynvml.nvmlGpmSampleAlloc)
             if buffer is None:
@@ -78,15 +98,18 @@ class GpmSampler:
         try:
             self._take(self._samples[1])
         except pynvml.NVMLError as error:
-            self._sampled_at = None
+            self._sampled_at = self._values = None
             see.failed(self._name, error)
             return None
         see.succeeded(self._name)
-        before, self._sampled_at = self._sampled_at, now
+        before, self._sampled_at = self._sampled_at, self._clock()
         self._samples.reverse()  # the newest is first, the older one is filled next
-        return None if before is None else (self._values(see), now - before)
+        if before is None:
+            return None
+        self._values = self._read(see)
+        return self._values, self._sampled_at - before
 
-    def _values(self, see: Observations) -> dict[int, float]:
+    def _read(self, see: Observations) -> dict[int, float]:
         wanted = tuple(metric for metric, name in self._capability.items() if see.wanted(name))
         newer, older = self._samples
         answers = see.read(self._name, self._query.read, wanted, older, newer)
@@ -104,7 +127,8 @@ class GpmSampler:
 
     def close(self) -> None:
         """Free the buffers; before the driver is shut down."""
-        samples, self._samples, self._sampled_at = self._samples, [], None
+        samples, self._samples = self._samples, []
+        self._sampled_at = self._values = None
         for sample in samples:
             try:
                 pynvml.nvmlGpmSampleFree(sample)

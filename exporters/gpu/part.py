@@ -97,10 +97,7 @@ class Life:
         if self.watcher is not None:
             self.watcher.join(max(0.0, until - time.monotonic()))
             clean = clean and not self.watcher.is_alive()
-        if clean:
-            for worker in self.workers:
-                worker.close()
-        return clean
+        return clean and all([worker.close(until) for worker in self.workers])
 
     def driver_down(self) -> str | None:
         """Why the driver has to be initialised again, if a worker found out."""
@@ -126,6 +123,8 @@ class GpuPart(Part):
         self._nvml = Nvml(config.gpu.nvml_library)
         self._xids = XidCounts()
         self._known: dict[str, Gpu] = {}
+        self._last_down: dict[str, str] = {}
+        """Why GPUs were down at the end of the last life."""
         self._life: Life | None = None
         self._driver_reason: str | None = "starting"
         self._driver_busy_since: float | None = None
@@ -201,6 +200,9 @@ class GpuPart(Part):
             self._tried.set()
             retries = self._watch(life, retries)
             life.close()
+            self._last_down |= {
+                w.gpu.uuid: w.down for w in life.workers if w.down is not None and w.driver_down is None
+            }
             if not life.join(max(self._config.hang_timeout, _LONGEST_WAIT)):
                 LOG.warning("a call into the driver does not return; waiting for it before loading it again")
                 # Shutting down under a thread that is inside the library could crash us.
@@ -224,6 +226,7 @@ class GpuPart(Part):
         self._loads += 1
         for gpu in gpus:
             self._known[gpu.uuid] = gpu
+            self._last_down.pop(gpu.uuid, None)
         workers = tuple(
             Worker(
                 gpu,
@@ -309,11 +312,18 @@ class GpuPart(Part):
         for uuid, gpu in sorted(self._known.items(), key=lambda item: item[1].index):
             worker = workers.get(uuid)
             if worker is None:
-                views.append(GpuView(gpu, "driver" if life is None else "gone", None, None))
+                views.append(GpuView(gpu, self._absent(gpu, life), None, None))
             else:
                 down = worker.state(now, self._config.hang_timeout)
                 views.append(GpuView(gpu, down, None if down else worker.reading, states.get(uuid)))
         return views
+
+    def _absent(self, gpu: Gpu, life: Life | None) -> str:
+        """Why a known GPU has no worker."""
+        if life is None:
+            return "driver"
+        # Listed, but it does not even tell who it is: what ailed it before still does.
+        return self._last_down.get(gpu.uuid, "gone") if life.listed > len(life.gpus) else "gone"
 
     def _publish(self, now: float) -> None:
         life = self._life

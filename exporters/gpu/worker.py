@@ -105,10 +105,15 @@ class Worker:
         self.schedule = schedule
         self._due_at = min(self._due_at, self._next(self._clock()))
 
-    def close(self) -> None:
-        """Give back what the driver lent. No thread samples any more."""
-        for collector in self._collectors:
-            collector.close()
+    def close(self, until: float) -> bool:
+        """Give back what the driver lent; no thread samples any more.
+
+        False if a collector's own thread is still inside the driver at that moment of the monotonic clock.
+        """
+        threads = [thread for collector in self._collectors if (thread := collector.close()) is not None]
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     def _sample(self) -> None:
         now = self.busy_since = self._clock()

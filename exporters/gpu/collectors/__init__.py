@@ -6,6 +6,7 @@ A collector is made anew when the driver is loaded, runs in the thread of its GP
 
 from __future__ import annotations
 
+from threading import Thread
 from typing import Protocol
 
 from exporters.gpu.observe import Observations
@@ -21,5 +22,6 @@ class Collector(Protocol):
     def collect(self, see: Observations, now: float) -> None:
         """Read the driver and note entries. `now` is CLOCK_MONOTONIC in seconds."""
 
-    def close(self) -> None:
-        """Give back what the driver lent; the driver may be gone."""
+    def close(self) -> Thread | None:
+        """Give back what the driver lent; the driver may be gone. A thread of its own that may still be inside a
+        call is returned: the library must stay loaded until it has ended."""

@@ -70,7 +70,7 @@ class Activity:
 
     def collect(self, see: Observations, now: float) -> None:
         """Note busy, peak and the GPM ratios."""
-        window = self._gpm.sample(see, now) if self._supported(see) else None
+        window = self._gpm.sample(see) if self._supported(see) else None
         values, seconds = window or ({}, 0.0)
         gpm.add_ratios(see, values, _GPM_FAMILIES, families.PIPE_ACTIVE)
         if gpm.PCIE_TX in values and gpm.PCIE_RX in values:

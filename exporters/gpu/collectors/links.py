@@ -126,10 +126,11 @@ class Pcie:
         if self._throughput.state is not None:
             see.states["pcie_throughput"] = self._throughput.state
 
-    def close(self) -> None:
-        """End the measuring thread."""
+    def close(self) -> threading.Thread | None:
+        """Ask the measuring thread to end after its present call."""
         if self._throughput is not None:
             self._throughput.close()
+        return self._throughput
 
 
 _KIB = 1024

@@ -145,7 +145,7 @@ class MigActivity:
             sampler = self._samplers.get(instance.uuid)
             if sampler is None:
                 sampler = self._samplers[instance.uuid] = self._sampler(instance)
-            answer = sampler.sample(see, now)
+            answer = sampler.sample(see)
             if answer is not None:
                 gpm.add_ratios(see, answer[0], _GPM_FAMILIES, families.MIG_PIPE_ACTIVE, instance.uuid)
 

@@ -3,13 +3,14 @@ on."""
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from exporters.gpu.xid_codes import CLASS
-from gpuglass.demo.scenario import H200, Scenario
+from gpuglass.demo.scenario import H200, RTX_4090, Scenario
 from tests.support.node import Node, running_node
 
 UP = "gpuglass_gpu_up"
@@ -49,6 +50,9 @@ def test_a_gpu_that_is_lost_keeps_its_identity_and_loses_its_data(tmp_path: Path
         assert node.value("gpuglass_gpu_info", device="nvidia1") == 1
         assert node.value(UP, device="nvidia0") == 1
         assert node.value(POWER, device="nvidia0") == 70
+        # The driver is loaded again to get it back, and still lists it: the reason stays.
+        node.wait(lambda: node.part._loads >= 3, seconds=30, what="two more attempts")
+        node.wait_value(UP, 0, device="nvidia1", reason=code)
 
 
 def test_the_other_gpus_go_on_sampling_while_one_is_lost(tmp_path: Path) -> None:
@@ -94,6 +98,21 @@ def test_a_call_that_hangs_blocks_neither_scrapes_nor_other_gpus_nor_the_exit(tm
         started = time.monotonic()
         assert node.stop(1.0) is False, "the stuck thread must be reported"
         assert time.monotonic() - started < 5
+
+
+def test_the_library_stays_loaded_while_pcie_traffic_is_measured(tmp_path: Path) -> None:
+    """The measuring thread spends most of its time inside the driver: unloading it there would crash us."""
+
+    def measuring() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "pcie-nvidia0"]
+
+    scenario = Scenario().gpus(1, RTX_4090).hang(0, "nvmlDeviceGetPcieThroughput", 0.5)
+    scenario.field(0, 197, None, error="not_supported").field(0, 198, None, error="not_supported")
+    with running_node(tmp_path, scenario) as node:
+        node.wait(measuring, what="the thread")
+        time.sleep(0.2)  # it waits an interval of 0.1 s, then it calls
+        assert node.stop()
+        assert not measuring()
 
 
 def test_a_hung_gpu_whose_call_returns_is_up_again(tmp_path: Path) -> None:
