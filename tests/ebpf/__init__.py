@@ -1,0 +1,1 @@
+"""Tests of the CUDA memory tracer and its verdicts."""
