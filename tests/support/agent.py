@@ -28,8 +28,8 @@ from gpuglass.demo.scenario import Scenario
 from tests.fakes.nvml import build
 from tests.support.node import FakeProc, Sample
 
-START_SECONDS = 20
-STOP_SECONDS = 10
+START_SECONDS = 60
+STOP_SECONDS = 20
 
 FAST: Mapping[str, Any] = {"interval": 0.1, "slow_interval": 0.2, "retry_interval": 0.2, "hang_timeout": 0.6}
 """GPU intervals that let a test see several samples within a second."""

@@ -65,7 +65,7 @@ class ProbeReceiver:
         """All records of a kind, oldest first."""
         return [h.record for h in list(self.heard) if isinstance(h.record, kind) and role in ("", h.role)]
 
-    def wait(self, condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 15) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 45) -> Any:
         """Wait until `condition` gives something true; fail otherwise."""
         until = time.monotonic() + seconds
         while not (result := condition()):
@@ -76,7 +76,7 @@ class ProbeReceiver:
             time.sleep(0.02)
         return result
 
-    def settle(self, quiet: float = 0.8, seconds: float = 20) -> None:
+    def settle(self, quiet: float = 0.8, seconds: float = 60) -> None:
         """Wait until nothing new but the probe's own state was said for `quiet` seconds."""
         until = time.monotonic() + seconds
         count, since = -1, time.monotonic()

@@ -39,8 +39,8 @@ def agent(probed: Probed, tmp_path: Path) -> Iterator[RunningAgent]:
 
 
 def _wait_for_engine(agent: RunningAgent) -> None:
-    agent.wait(lambda: agent.value("gpuglass_engine_up", model_name="tiny") == 1, "engine_up", 20)
-    agent.wait(lambda: agent.samples("gpuglass_engine_info"), "engine_info", 20)
+    agent.wait(lambda: agent.value("gpuglass_engine_up", model_name="tiny") == 1, "engine_up", 60)
+    agent.wait(lambda: agent.samples("gpuglass_engine_info"), "engine_info", 60)
 
 
 def _exemplars(agent: RunningAgent, name: str) -> list[tuple[dict[str, str], Exemplar]]:
@@ -92,9 +92,9 @@ def test_the_request_that_hogs_the_kv_cache_is_named(probed: Probed, agent: Runn
         found = _exemplars(agent, "gpuglass_kv_request_peak_ratio_bucket")
         return [exemplar for _, exemplar in found if exemplar.labels.get("trace_id") == trace_id(200)]
 
-    (exemplar,) = agent.wait(peak, "the hog's peak", 20)
+    (exemplar,) = agent.wait(peak, "the hog's peak", 60)
     assert exemplar.value == pytest.approx(truth, rel=0.02)
-    pushed = agent.wait(lambda: _exemplars(agent, "gpuglass_request_preemptions_total"), "preemptions", 20)
+    pushed = agent.wait(lambda: _exemplars(agent, "gpuglass_request_preemptions_total"), "preemptions", 60)
     (((labels, exemplar)),) = pushed
     assert labels["cause"] == "kv_full"
     assert exemplar.labels["trace_id"] in {trace_id(201 + n) for n in range(4)}
@@ -150,9 +150,9 @@ def test_tenant_totals_survive_a_minute_without_the_agent_and_its_kill(
         with running_load(probed.address, _streams(tenants)) as before:
             time.sleep(5)
         truth = {tenant: before.usage(tenant) for tenant in tenants}
-        agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 20)
+        agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 60)
         # What was published is what was acknowledged once the next round is there.
-        agent.wait(lambda: _gpu_seconds(agent)[0] > 0, "GPU-seconds", 20)
+        agent.wait(lambda: _gpu_seconds(agent)[0] > 0, "GPU-seconds", 60)
         agent.process.send_signal(signal.SIGSTOP)
         with running_load(probed.address, _streams(tenants)) as away:
             time.sleep(AWAY_SECONDS)
@@ -168,7 +168,7 @@ def test_tenant_totals_survive_a_minute_without_the_agent_and_its_kill(
 
 def _see_all(agent: RunningAgent, load: Load, tenants: tuple[str, ...]) -> None:
     truth = {tenant: load.usage(tenant) for tenant in tenants}
-    agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 20)
+    agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 60)
     divided = _gpu_seconds(agent)
     assert divided[0] == pytest.approx(divided[1], rel=1e-6)
     assert divided[0] > AWAY_SECONDS / 4

@@ -139,8 +139,8 @@ def test_kill_9_of_an_api_server(pair: Probed, pair_receiver: ProbeReceiver) -> 
         victim = pair.server.pids("frontend")[1]
         pair.server.kill(victim)
     _see_what_is_left(pair_receiver, replies, 4)
-    # vLLM ends the other processes in order: the core still tells how each request ended. Where the machine is slow
-    # to do so, requests may have come to their ends before, also those whose API server was killed.
+    # vLLM ends the other processes in order: the core still tells how each request ended. Where the machine
+    # is slow to do so, requests may have come to their ends before, also those whose API server was killed.
     ends = pair_receiver.of(records.RequestEnd)
     assert [end.tenant for end in ends] == ["red"] * 4
     outcomes = [end.outcome for end in ends]
