@@ -66,6 +66,13 @@ class Floors:
         self._floor = self._work = _NAN
         self._doubt = 0.0
 
+    def keep(self, last: int) -> None:
+        """Forget all but the last intervals of the first scale."""
+        recent = self._scales[0]
+        for row in (recent.floors, recent.work, recent.doubt):
+            del row[:-last]
+        self._scales[1:] = [_Scale() for _ in range(1, SCALES)]
+
     def add(self, at: float, live: float, work: float = _NAN, doubt: float = 0.0) -> int:
         """One sample, not older than the one before. Gives how many scales have a new complete interval."""
         number = int(at // BIN_SECONDS)

@@ -20,6 +20,8 @@ LOADING_SECONDS = 7200.0
 HOLD_SECONDS = 1800.0
 """How long growth must have stopped before a suspicion is taken back, at least."""
 CEILING_SECONDS = 86400.0
+_LOAD_ENDS = 0.5
+"""A pace below this share of the minute before ends a load; what ends more slowly was none."""
 _STOPPED = 0.25
 """Growth below this share of the suspected pace has stopped."""
 _FREED = 0.25
@@ -65,7 +67,7 @@ class LeakWatch:
     """Watches one kind of memory of one process. Costs the same for each sample, however old it gets."""
 
     __slots__ = (
-        *("_base", "_ceilings", "_ceilings_until", "_first", "_floors", "_kind", "_loading", "_open", "_scale"),
+        *("_base", "_ceilings", "_ceilings_until", "_first", "_floors", "_kind", "_loading", "_open", "_pace", "_scale"),
         "verdict",
     )
 
@@ -75,6 +77,7 @@ class LeakWatch:
         self._floors = Floors()
         self._first: tuple[float, float] | None = None
         self._loading = True
+        self._pace = 0.0
         self._open: dict[int, Why] = {}
         """Scales at which it grows, undecided."""
         self._scale = 0
@@ -109,11 +112,14 @@ class LeakWatch:
         began, first = self._first
         floors = self._floors.row(0).floors
         recent = [floor for floor in floors[-3:] if floor == floor]
-        if at - began > LOADING_SECONDS or len(floors) >= 3 and len(recent) < 2:
+        if at - began > LOADING_SECONDS or (len(floors) >= 3 and len(recent) < 2):
             self._loading = False
         elif len(floors) >= 3:
             pace = (recent[-1] - recent[0]) / (BIN_SECONDS * (len(recent) - 1))
             self._loading = pace > FAST and recent[-1] > first
+            if not self._loading and pace < _LOAD_ENDS * self._pace:
+                self._floors.keep(3)  # what was loaded is no growth
+            self._pace = pace
         return self._loading
 
     def _look(self, at: float, done: int, drifted: bool) -> None:

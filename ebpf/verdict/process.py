@@ -67,6 +67,19 @@ class _StackHistory:
         return self.live - before
 
 
+def _mean_size(old: CudaProcess, new: CudaProcess) -> float:
+    """Mean size of what was allocated between two reports, which a missed call is taken to have had; 0 if
+    nothing was."""
+    before = {memory.kind: memory for memory in old.memory}
+    calls = size = 0
+    for memory in new.memory:
+        earlier = before.get(memory.kind)
+        if earlier is not None:
+            calls += memory.allocations - earlier.allocations
+            size += memory.allocated_bytes - earlier.allocated_bytes
+    return max(0.0, size / calls) if calls > 0 else 0.0
+
+
 class ProcessWatch:
     """One process."""
 
@@ -95,14 +108,11 @@ class ProcessWatch:
                 watch.restart()
             self._stacks.clear()
             self._lost, self._doubt = record.lost, 0.0
-        # Each missed call is taken for one of mean size.
         missed = record.lost - self._lost
         self._lost = record.lost
         self.last, self.requests = record, requests
         if missed:
-            self._doubt += missed * max(
-                (m.allocated_bytes / m.allocations for m in record.memory if m.allocations), default=0.0
-            )
+            self._doubt += missed * _mean_size(old, record)
         for memory in record.memory:
             self._watch(memory.kind).add(at, memory.live_bytes, requests, self._doubt, record.drifted)
         if record.untracked_bytes >= 0:

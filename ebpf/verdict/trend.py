@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from ebpf.verdict.floors import Row
 
@@ -42,16 +43,26 @@ _RISING = 0.6
 _LARGEST_RISE = 0.34
 """Share of the growth that one interval may bring."""
 _LARGEST_FALL = 0.25
-_SCATTER = 5.0
+_ASLEEP = 0.7
+"""Share of the highest floor below which an engine has given its memory back for a while."""
+_CUT = 3.0
+"""Median deviations from the line above which a single floor is cut."""
+_SCATTER = 6.0
 """Growth must be so many times the scatter around the line."""
-_BEND = 0.72
-"""Pace of the second half ÷ the first below which growth slows down, whatever the scatter."""
-_BEND_SEEN = 0.93
-"""The same where the bend stands out of the scatter."""
-_BEND_T = 3.0
+_LEAST_BEND = (0.9, 0.96)
+"""Pace of the second half ÷ the first below which growth slows down: the lower where the scatter is large, the
+upper where a small bend would be seen."""
+_MOST_BEND = 1.35
+"""Growth that becomes faster all the time is load that rises, or chance."""
+_BEND_SIGMAS = 2.5
+_MOST_BEND_ERROR = 0.1
+"""Standard error of the bend above which nothing can be told from it."""
+_LOAD_FACTOR = 1.5
+"""Memory that is in step with the load may grow by so many times the load's share."""
 _SHARP_START = 2.5
 """A beginning is sharp if the pace before it was so many times faster, or a load or warm-up ended there."""
 _SAME_PACE = 1.25
+_DOUBT = 0.5
 _STEP_SHARE = 0.55
 """Share of the excess before the beginning that one interval has if it was a step and not a curve."""
 
@@ -104,33 +115,30 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
         return Why.SHORT
     seconds = (count - 1) * row.seconds
     times = [i * row.seconds for i in range(count)]
-    line = _Fit(times, filled)
+    lasting = _lasting(filled)
+    line = _Fit(times, lasting)
     growth = line.slope * seconds
     if growth < MIN_GROWTH or line.slope < MIN_SLOPE:
         return Why.FLAT
-    if growth < _SCATTER * line.scatter or _largest_fall(filled) > _LARGEST_FALL * growth:
+    if growth < _SCATTER * _Fit(times, filled).scatter or _largest_fall(filled) > _LARGEST_FALL * growth:
         return Why.SMALL
-    explained = _growth_by_load(row, filled, count)
-    if growth - explained < max(MIN_GROWTH, 0.6 * growth):
+    if growth < _LOAD_FACTOR * _load_rise(row.work, count) * filled[-1]:
         return Why.LOAD
-    rises = [b - a for a, b in zip(filled, filled[1:], strict=False)]
+    rises = [b - a for a, b in pairwise(lasting)]
     mean = growth / (count - 1)
     if sum(rise > 0.1 * mean for rise in rises) < _RISING * (count - 1):
         return Why.STEPS
     if max(rises) > _LARGEST_RISE * growth:
         return Why.STEPS
-    if row.doubt[-1] - row.doubt[-count] > 0.3 * growth:
+    if row.doubt[-1] - row.doubt[-count] > _DOUBT * growth:
         return Why.DOUBT
-    is_straight = not line.bends
     served = row.work[-count:]
     requests = served[-1] - served[0]
     by_request = requests == requests and requests >= 2 * count
-    if not is_straight and by_request and not _Fit(served, filled).bends:
-        is_straight = True
-    if not is_straight:
+    if not line.is_straight and not (by_request and _Fit(served, lasting).is_straight):
         return Why.SLOWING
     began = _beginning(row, count, line, growth)
-    if began is None:
+    if began is None or (began >= count // 3 and _slows(row.floors[-count - began :])):
         return Why.SLOWING
     lasts = seconds + row.seconds * began
     patience = FAST_SECONDS.get(kind, FAST_SECONDS_DEVICE)
@@ -146,20 +154,45 @@ def _filled(floors: Sequence[float]) -> list[float] | None:
 
     Intervals far below the others are gaps as well: the engine slept and gave its memory back for a while.
     """
-    known = sorted(floor for floor in floors if floor == floor)
-    if not known:
-        return None
-    asleep = 0.7 * known[len(known) // 2]
-    points = [(i, floor) for i, floor in enumerate(floors) if floor >= asleep]
+    points: list[tuple[int, float]] = []
+    highest = 0.0
+    for i, floor in enumerate(floors):
+        if floor >= _ASLEEP * highest:
+            points.append((i, floor))
+            highest = max(highest, floor)
     if len(points) < 0.7 * len(floors) or points[0][0] > 1 or points[-1][0] < len(floors) - 2:
         return None
     if len(points) == len(floors):
         return list(floors)
     filled: list[float] = []
-    for (i, one), (j, other) in zip(points, points[1:], strict=False):
+    for (i, one), (j, other) in pairwise(points):
         filled += [one + (other - one) * k / (j - i) for k in range(j - i)]
     head, tail = points[0][0], len(floors) - points[-1][0]
     return [points[0][1]] * head + filled + [points[-1][1]] * tail
+
+
+def _slows(floors: Sequence[float]) -> bool:
+    """Whether growth slows down clearly over a longer stretch."""
+    filled = _filled(floors)
+    if filled is None:
+        return False
+    fit = _Fit(list(range(len(filled))), _lasting(filled))
+    return fit.bend < min(1 - _BEND_SIGMAS * fit.bend_error, _LEAST_BEND[1])
+
+
+def _lasting(floors: Sequence[float]) -> list[float]:
+    """What of each floor was still there at the end: the least of it and all later ones. Single floors far above
+    the others' line are cut: in that interval no sample was without something temporary."""
+    rise = sorted(b - a for a, b in pairwise(floors))[(len(floors) - 1) // 2]
+    off = [floor - rise * i for i, floor in enumerate(floors)]
+    middle = sorted(off)[len(off) // 2]
+    spread = sorted(abs(value - middle) for value in off)[len(off) // 2]
+    lasting = [
+        min(floor, middle + rise * i + _CUT * spread + abs(rise)) for i, floor in enumerate(floors)
+    ]
+    for i in range(len(lasting) - 2, -1, -1):
+        lasting[i] = min(lasting[i], lasting[i + 1])
+    return lasting
 
 
 def _largest_fall(floors: Sequence[float]) -> float:
@@ -173,7 +206,7 @@ def _largest_fall(floors: Sequence[float]) -> float:
 class _Fit:
     """Least squares: a line through the points, and the bend that a parabola adds to it."""
 
-    __slots__ = ("bend", "bend_t", "scatter", "slope", "straightness")
+    __slots__ = ("bend", "bend_error", "scatter", "slope", "straightness")
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
         n = len(xs)
@@ -200,32 +233,29 @@ class _Fit:
         first, second = linear - square, linear + square
         self.bend = second / first if first > 0 else math.inf if second > 0 else 0.0
         """Pace of the second half ÷ pace of the first."""
-        # Sizes come in pages and segments: a bend within rounding is none.
-        noise = max(self.scatter, 1e-3 * abs(linear))
-        self.bend_t = square * math.sqrt(qq) / noise if noise > 0 else 0.0
+        self.bend_error = 2 * self.scatter / math.sqrt(qq) / abs(linear) if linear else math.inf
+        """Standard error of `bend`."""
 
     @property
-    def bends(self) -> bool:
-        """Whether growth slows down."""
-        return self.bend < _BEND or (self.bend < _BEND_SEEN and self.bend_t < -_BEND_T)
+    def is_straight(self) -> bool:
+        """Whether growth neither slows down nor quickens, as far as the scatter lets that be seen."""
+        least = min(max(1 - _BEND_SIGMAS * self.bend_error, _LEAST_BEND[0]), _LEAST_BEND[1])
+        return self.bend_error <= _MOST_BEND_ERROR and least <= self.bend <= _MOST_BEND
 
 
-def _growth_by_load(row: Row, filled: Sequence[float], count: int) -> float:
-    """Growth in intervals in which more requests were served than in any interval before."""
-    work = row.work
-    if len(work) < 2 or work[-1] != work[-1]:
+def _load_rise(work: Sequence[float], count: int) -> float:
+    """By how much more requests were served in the last third of a stretch than in any time as long before, as a
+    share; 0 where that is within what counts scatter, or unknown."""
+    third = count // 3
+    late = work[-1] - work[-1 - third]
+    before = [work[i] - work[i - third] for i in range(third, len(work) - third)]
+    known = [served for served in before if served == served]
+    if not late > 0 or not known:
         return 0.0
-    highest, by_load = 0.0, 0.0
-    start = len(work) - count
-    for i in range(1, len(work)):
-        served = work[i] - work[i - 1]
-        if served != served:
-            continue
-        # A count scatters by its root; a tenth more is the same load.
-        if served > 1.1 * highest + 2 * math.sqrt(highest) and i > start and highest > 0:
-            by_load += max(0.0, filled[i - start] - filled[i - start - 1])
-        highest = max(highest, served)
-    return by_load
+    highest = max(known)
+    if highest <= 0:
+        return math.inf  # its first load
+    return max(0.0, late / highest - 1 - 2 * math.sqrt(1 / late + 1 / highest))
 
 
 def _beginning(row: Row, count: int, line: _Fit, growth: float) -> int | None:
@@ -255,7 +285,7 @@ def _beginning(row: Row, count: int, line: _Fit, growth: float) -> int | None:
     before = [floor for floor in older[max(0, end - count // 2) : end + 1] if floor == floor]
     if len(before) < 3:
         return fits
-    rises = [b - a for a, b in zip(before, before[1:], strict=False)]
+    rises = [b - a for a, b in pairwise(before)]
     pace = sum(rises) / len(rises) / per_bin
     if pace <= _SAME_PACE or pace >= _SHARP_START:
         return fits
