@@ -21,11 +21,21 @@ _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctype
 _VERIFIER_LOG = 1 << 16
 
 
-def _silent(_level: int, _format: bytes, _arguments: int) -> int:
+_LIBC = ctypes.CDLL(None)
+_said: list[str] = []
+"""The last lines that libbpf printed."""
+
+
+def _listen(level: int, form: bytes, arguments: int) -> int:
+    if level == 0:  # warnings; the verifier's log is part of one
+        line = ctypes.create_string_buffer(_VERIFIER_LOG)
+        _LIBC.vsnprintf(line, ctypes.c_size_t(len(line)), form, ctypes.c_void_p(arguments))
+        _said.append(line.value.decode(errors="replace"))
+        del _said[:-8]
     return 0
 
 
-_SILENT = _PRINT(_silent)
+_LISTENER = _PRINT(_listen)
 
 
 def _library(path: str) -> ctypes.CDLL:
@@ -44,7 +54,6 @@ def _library(path: str) -> ctypes.CDLL:
         ("bpf_program__name", text, (pointer,)),
         ("bpf_program__fd", ctypes.c_int, (pointer,)),
         ("bpf_program__set_autoload", ctypes.c_int, (pointer, ctypes.c_bool)),
-        ("bpf_program__set_log_buf", ctypes.c_int, (pointer, text, ctypes.c_size_t)),
         ("libbpf_set_print", pointer, (pointer,)),
         ("ring_buffer__new", pointer, (ctypes.c_int, _SAMPLE, pointer, pointer)),
         ("ring_buffer__consume", ctypes.c_int, (pointer,)),
@@ -67,13 +76,13 @@ def load(object_file: Path, maps: Mapping[str, int], wanted: frozenset[str], lib
     if not object_file.is_file():
         raise LoaderError(f"{object_file} is not there: build it with `make bpf`, or use --loader bcc")
     libbpf = _library(library)
-    libbpf.libbpf_set_print(ctypes.cast(_SILENT, ctypes.c_void_p))
+    libbpf.libbpf_set_print(ctypes.cast(_LISTENER, ctypes.c_void_p))
     opened = libbpf.bpf_object__open_file(os.fsencode(object_file), None)
     if not opened:
         raise LoaderError(f"{object_file}: libbpf cannot read it: {_reason(ctypes.get_errno())}")
     try:
         for name, fd in maps.items():
-            found = libbpf.bpf_object__find_map_by_name(opened, name.encode())
+            found = libbpf.bpf_object__find_map_by_name(opened, f"{name}_map".encode())
             if not found:
                 raise LoaderError(f"{object_file}: has no map {name}: it is of another version, run `make bpf`")
             if error := libbpf.bpf_map__reuse_fd(found, fd):
@@ -105,9 +114,15 @@ def _programs(libbpf: ctypes.CDLL, opened: int) -> dict[str, int]:
 
 
 def _refusal(object_file: Path, error: int) -> str:
-    if -error in (errno.EPERM, errno.EACCES):
+    if -error == errno.EPERM:
         return f"{object_file}: the kernel refuses it ({_reason(error)}): run as root, or with CAP_BPF and CAP_PERFMON"
-    return f"{object_file}: the kernel refuses it: {_reason(error)}"
+    return f"{object_file}: the kernel refuses it: {_reason(error)}; {_verdict()}"
+
+
+def _verdict() -> str:
+    """The verifier's last words, from what libbpf printed."""
+    lines = [line for text in _said for line in text.splitlines() if line and not line.startswith("processed ")]
+    return " / ".join(line.strip() for line in lines[-8:])[-400:]
 
 
 class _Ring:

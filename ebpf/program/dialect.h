@@ -11,6 +11,7 @@
 #define PROBE(name) int name(struct pt_regs *ctx)
 #define RAW_TRACEPOINT(name) int name(struct bpf_raw_tracepoint_args *ctx)
 #define DECLARE_MAP(name, type, key_type, value_type)
+#define GET_STACK(ctx, map, flags) ((long (*)(void *, void *, __u64))BPF_FUNC_get_stackid)(ctx, map, flags)
 #define MAP(name) ((void *)bpf_pseudo_fd(1, MAP_##name))
 #define ARG1(ctx) PT_REGS_PARM1(ctx)
 #define ARG2(ctx) PT_REGS_PARM2(ctx)
@@ -31,6 +32,7 @@
 #include <bpf/bpf_helpers.h>
 #define PROBE(name) SEC("uprobe") int name(struct registers *ctx)
 #define RAW_TRACEPOINT(name) SEC("raw_tracepoint") int name(struct bpf_raw_tracepoint_args *ctx)
+#define GET_STACK(ctx, map, flags) bpf_get_stackid(ctx, map, flags)
 /* Sizes and flags are the loader's. */
 #define DECLARE_MAP(map_name, map_type, key_type, value_type) \
   struct {                                                    \
@@ -38,8 +40,8 @@
     __uint(max_entries, 1);                                   \
     __type(key, key_type);                                    \
     __type(value, value_type);                                \
-  } map_name SEC(".maps");
-#define MAP(name) ((void *)&name)
+  } map_name##_map SEC(".maps");
+#define MAP(name) ((void *)&name##_map)
 
 /* The registers as the kernel hands them to the probe of a user's function; no kernel header is asked for them. */
 #if defined(TARGET_X86_64)

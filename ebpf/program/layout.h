@@ -55,7 +55,7 @@ enum loss {
 #define SIZE_SLOTS 40    /* by power of two: slot n holds sizes from 2^n to 2^(n+1)-1, the last one all above */
 #define LATENCY_SLOTS 34 /* nanoseconds, likewise */
 #define CONTEXT_DEPTH 8
-#define UNMAP_LIMIT 128
+#define UNMAP_LIMIT 32
 
 /* Bits of a live allocation's address: what the entry is. Addresses of user space have at most 57 bits. */
 #define OF_RUNTIME (1ULL << 63)

@@ -102,15 +102,19 @@ INLINE void charge(__u64 id, __u64 since, __u32 calls) {
 
 /* Sums */
 
+/* Floor of the binary logarithm, without a branch: the verifier follows each branch, and this stands in the middle. */
 INLINE __u32 log2_slot(__u64 value, __u32 slots) {
-  __u32 slot = 0;
-  if (value >> 32) { slot += 32; value >>= 32; }
-  if (value >> 16) { slot += 16; value >>= 16; }
-  if (value >> 8) { slot += 8; value >>= 8; }
-  if (value >> 4) { slot += 4; value >>= 4; }
-  if (value >> 2) { slot += 2; value >>= 2; }
-  if (value >> 1) slot += 1;
-  return slot < slots ? slot : slots - 1;
+  value |= value >> 1;
+  value |= value >> 2;
+  value |= value >> 4;
+  value |= value >> 8;
+  value |= value >> 16;
+  value |= value >> 32;
+  value -= value >> 1 & 0x5555555555555555ULL; /* now count the bits */
+  value = (value & 0x3333333333333333ULL) + (value >> 2 & 0x3333333333333333ULL);
+  value = (value + (value >> 4)) & 0x0f0f0f0f0f0f0f0fULL;
+  value = (value * 0x0101010101010101ULL >> 56) - 1;
+  return value < slots ? value : slots - 1;
 }
 
 INLINE struct totals *totals_of(__u64 id, __u64 context, __s16 device, __u8 layer, __u8 kind) {
@@ -216,7 +220,7 @@ INLINE __s32 stack_of(void *ctx) {
   struct settings *settings = LOOKUP(settings, &zero);
   if (!settings || !settings->stacks)
     return -1;
-  long stack = bpf_get_stackid(ctx, MAP(stacks), BPF_F_USER_STACK);
+  long stack = GET_STACK(ctx, MAP(stacks), BPF_F_USER_STACK);
   if (stack < 0)
     count_loss(LOST_STACK);
   return stack < 0 ? -1 : (__s32)stack;
@@ -593,108 +597,139 @@ INLINE void unmap(struct call *call, __u64 ns) {
   count_loss_of(call->id, LOST_UNMAP);
 }
 
-INLINE int leave(void *ctx, __u64 sp, __u32 result, __u8 layer) {
+/* Finds the call that returns, takes it out, and books its failure. False if there is nothing left to do. */
+INLINE int returning(void *ctx, __u64 sp, __u32 result, __u8 layer, struct call *call, __u64 *now) {
   __u64 who = bpf_get_current_pid_tgid();
   __u64 key = who | (layer == RUNTIME ? OF_RUNTIME : 0);
   struct call *found = LOOKUP(calls, &key);
   if (!found || sp != found->sp + RETURN_POPS)
-    return 0;
-  struct call call = *found;
+    return 0; /* of a call within another one, or of one that began before the probes were there */
+  *call = *found;
   REMOVE(calls, &key);
-  __u64 now = bpf_ktime_get_ns();
-  __u64 ns = now - call.start_ns;
-  __u64 address = 0;
+  *now = bpf_ktime_get_ns();
+  if (!result)
+    return 1;
+  abandon(call, layer);
+  failed(ctx, call, who, layer, result, *now);
+  charge(call->id, *now, 1);
+  return 0;
+}
 
-  if (result) {
-    abandon(&call, layer);
-    failed(ctx, &call, who, layer, result, now);
-    charge(call.id, now, 1);
+INLINE int leave_alloc(void *ctx, __u64 sp, __u32 result, __u8 layer) {
+  struct call call;
+  __u64 now, address = 0, pitch = 0;
+  if (!returning(ctx, sp, result, layer, &call, &now))
     return 0;
+  int is_32 = call.op == OP_ALLOC_32 || call.op == OP_PITCH_32;
+  int is_pitch = call.op == OP_PITCH || call.op == OP_PITCH_32;
+  long missing = bpf_probe_read_user(&address, is_32 ? 4 : 8, (void *)call.out);
+  if (is_pitch) {
+    missing |= bpf_probe_read_user(&pitch, is_32 ? 4 : 8, (void *)call.address);
+    call.size *= pitch;
   }
-  if (call.out && call.op != OP_MAP) {
-    long missing;
-    if (call.op == OP_ALLOC_32 || call.op == OP_PITCH_32)
-      missing = bpf_probe_read_user(&address, 4, (void *)call.out);
-    else
-      missing = bpf_probe_read_user(&address, 8, (void *)call.out);
-    __u64 pitch = 0;
-    if (call.op == OP_PITCH)
-      missing |= bpf_probe_read_user(&pitch, 8, (void *)call.address);
-    else if (call.op == OP_PITCH_32)
-      missing |= bpf_probe_read_user(&pitch, 4, (void *)call.address);
-    if (call.op == OP_PITCH || call.op == OP_PITCH_32)
-      call.size = pitch * call.size;
-    if (missing) {
-      count_loss_of(call.id, LOST_RESULT);
-      charge(call.id, now, 1);
-      return 0;
-    }
-  }
-  switch (call.op) {
-  case OP_MAP:
-    address = call.address;
-    allocated(ctx, &call, who, layer, address, now);
-    break;
-  case OP_ALLOC:
-  case OP_ALLOC_32:
-  case OP_PITCH:
-  case OP_PITCH_32:
-  case OP_CREATE:
-    if (address && call.size)
-      allocated(ctx, &call, who, layer, address, now);
-    break;
-  case OP_FREE:
-    if (!call.taken.size) {
-      if (call.address)
-        book_unknown_free(call.id, layer, ns);
-    } else if (!went_with_context(call.id, &call.taken, layer)) {
-      book_free(call.id, &call.taken, layer, ns);
-    }
-    break;
-  case OP_UNMAP:
-    unmap(&call, ns);
-    break;
-  case OP_RELEASE:
-    release_object(&call, ns);
-    break;
-  case OP_RETAIN: {
-    struct live_key object_key = {};
-    object_key.id = call.id;
-    object_key.address = OF_OBJECT | address;
-    struct live *object = LOOKUP(live, &object_key);
-    if (object)
-      object->references += 1;
-    break;
-  }
-  case OP_CONTEXT_CREATE:
-    context_of(call.id, address, call.device);
-    set_current(who, address, 1);
-    break;
-  case OP_CONTEXT_DESTROY:
-    if (current_handle(who) == call.address)
-      pop_current(who);
-    destroy_context(call.id, call.address, now);
-    break;
-  case OP_PRIMARY_RETAIN:
-    primary_retained(call.id, address, call.device);
-    break;
-  case OP_PRIMARY_RELEASE:
-  case OP_PRIMARY_RESET:
-    primary_released(call.id, call.device, now, call.op == OP_PRIMARY_RESET);
-    break;
-  case OP_RUNTIME_RESET:
-    free_with_context(call.id, 0, -1, RUNTIME);
-    struct record *record = LOOKUP(records, &call.id);
-    if (record)
-      record->runtime_reset_ns = now;
-    break;
+  if (missing)
+    count_loss_of(call.id, LOST_RESULT);
+  else if (address && call.size)
+    allocated(ctx, &call, bpf_get_current_pid_tgid(), layer, address, now);
+  charge(call.id, now, 1);
+  return 0;
+}
+
+INLINE int leave_free(void *ctx, __u64 sp, __u32 result, __u8 layer) {
+  struct call call;
+  __u64 now;
+  if (!returning(ctx, sp, result, layer, &call, &now))
+    return 0;
+  if (!call.taken.size) {
+    if (call.address)
+      book_unknown_free(call.id, layer, now - call.start_ns);
+  } else if (!went_with_context(call.id, &call.taken, layer)) {
+    book_free(call.id, &call.taken, layer, now - call.start_ns);
   }
   charge(call.id, now, 1);
   return 0;
 }
 
-PROBE(leave_driver) { return leave(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER); }
-PROBE(leave_runtime) { return leave(ctx, STACK_POINTER(ctx), RESULT(ctx), RUNTIME); }
+PROBE(left_alloc) { return leave_alloc(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER); }
+PROBE(left_free) { return leave_free(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER); }
+PROBE(runtime_left_alloc) { return leave_alloc(ctx, STACK_POINTER(ctx), RESULT(ctx), RUNTIME); }
+PROBE(runtime_left_free) { return leave_free(ctx, STACK_POINTER(ctx), RESULT(ctx), RUNTIME); }
+
+PROBE(runtime_left_reset) {
+  struct call call;
+  __u64 now;
+  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), RUNTIME, &call, &now))
+    return 0;
+  free_with_context(call.id, 0, -1, RUNTIME);
+  struct record *record = LOOKUP(records, &call.id);
+  if (record)
+    record->runtime_reset_ns = now;
+  charge(call.id, now, 1);
+  return 0;
+}
+
+PROBE(left_map) {
+  struct call call;
+  __u64 now;
+  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+    return 0;
+  if (call.size)
+    allocated(ctx, &call, bpf_get_current_pid_tgid(), DRIVER, call.address, now);
+  charge(call.id, now, 1);
+  return 0;
+}
+
+PROBE(left_unmap) {
+  struct call call;
+  __u64 now;
+  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+    return 0;
+  unmap(&call, now - call.start_ns);
+  charge(call.id, now, 1);
+  return 0;
+}
+
+PROBE(left_handle) {
+  struct call call;
+  __u64 now, handle = 0;
+  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+    return 0;
+  if (call.op == OP_RELEASE) {
+    release_object(&call, now - call.start_ns);
+  } else if (!bpf_probe_read_user(&handle, 8, (void *)call.out)) {
+    struct live_key key = {};
+    key.id = call.id;
+    key.address = OF_OBJECT | handle;
+    struct live *object = LOOKUP(live, &key);
+    if (object)
+      object->references += 1;
+  }
+  charge(call.id, now, 1);
+  return 0;
+}
+
+PROBE(left_context) {
+  struct call call;
+  __u64 now, handle = 0, who = bpf_get_current_pid_tgid();
+  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+    return 0;
+  if (call.out && bpf_probe_read_user(&handle, 8, (void *)call.out)) {
+    count_loss_of(call.id, LOST_RESULT);
+  } else if (call.op == OP_CONTEXT_CREATE) {
+    context_of(call.id, handle, call.device);
+    set_current(who, handle, 1);
+  } else if (call.op == OP_CONTEXT_DESTROY) {
+    if (current_handle(who) == call.address)
+      pop_current(who);
+    destroy_context(call.id, call.address, now);
+  } else if (call.op == OP_PRIMARY_RETAIN) {
+    primary_retained(call.id, handle, call.device);
+  } else {
+    primary_released(call.id, call.device, now, call.op == OP_PRIMARY_RESET);
+  }
+  charge(call.id, now, 1);
+  return 0;
+}
 
 INLINE int enter_alloc(void *ctx, __u64 sp, __u8 layer, __u32 op, __u16 kind, __u64 out, __u64 size) {
   struct call call = {};

@@ -22,6 +22,7 @@ HOLD_SECONDS = 1800.0
 CEILING_SECONDS = 86400.0
 _LOAD_ENDS = 0.5
 """A pace below this share of the minute before ends a load; what ends more slowly was none."""
+_SURELY_STRAIGHT = 0.96
 _STOPPED = 0.25
 """Growth below this share of the suspected pace has stopped."""
 _FREED = 0.25
@@ -67,7 +68,7 @@ class LeakWatch:
     """Watches one kind of memory of one process. Costs the same for each sample, however old it gets."""
 
     __slots__ = (
-        *("_base", "_ceilings", "_ceilings_until", "_first", "_floors", "_kind", "_loading", "_open", "_pace", "_scale"),
+        *("_base", "_ceilings", "_ceilings_until", "_first", "_floors", "_kind", "_loading", "_open", "_pace", "_scale", "_seconded_until"),
         "verdict",
     )
 
@@ -78,6 +79,7 @@ class LeakWatch:
         self._first: tuple[float, float] | None = None
         self._loading = True
         self._pace = 0.0
+        self._seconded_until = -math.inf
         self._open: dict[int, Why] = {}
         """Scales at which it grows, undecided."""
         self._scale = 0
@@ -134,6 +136,11 @@ class LeakWatch:
                 if isinstance(found, Trend):
                     if drifted:
                         self._open[scale] = Why.DOUBT
+                    elif scale == 0 and found.bend < _SURELY_STRAIGHT and at > self._seconded_until:
+                        # Chance makes a bend look straight once; the next minute has to say the same.
+                        self._seconded_until = at + 2.5 * BIN_SECONDS
+                        self._open[scale] = Why.SLOWING
+                        break
                     elif self._is_news(row.floors, scale, at):
                         self._suspect(found, scale, row.floors[-count:])
                         return

@@ -55,7 +55,7 @@ upper where a small bend would be seen."""
 _MOST_BEND = 1.35
 """Growth that becomes faster all the time is load that rises, or chance."""
 _BEND_SIGMAS = 2.5
-_MOST_BEND_ERROR = 0.1
+_MOST_BEND_ERROR = 0.12
 """Standard error of the bend above which nothing can be told from it."""
 _LOAD_FACTOR = 1.5
 """Memory that is in step with the load may grow by so many times the load's share."""
@@ -63,7 +63,7 @@ _SHARP_START = 2.5
 """A beginning is sharp if the pace before it was so many times faster, or a load or warm-up ended there."""
 _SAME_PACE = 1.25
 _DOUBT = 0.5
-_STEP_SHARE = 0.55
+_STEP_SHARE = 0.7
 """Share of the excess before the beginning that one interval has if it was a step and not a curve."""
 
 
@@ -99,6 +99,8 @@ class Trend:
     """Seconds on the samples' clock: when it began, as far back as the line fits."""
     seconds: float
     """Length of the stretch."""
+    bend: float
+    """Pace of the second half ÷ pace of the first."""
     straightness: float
     """Share of the variation that the line explains, 0 to 1."""
     per_request: float = math.nan
@@ -122,7 +124,7 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
         return Why.FLAT
     if growth < _SCATTER * _Fit(times, filled).scatter or _largest_fall(filled) > _LARGEST_FALL * growth:
         return Why.SMALL
-    if growth < _LOAD_FACTOR * _load_rise(row.work, count) * filled[-1]:
+    if growth < _LOAD_FACTOR * _load_rise(row.work, count) * filled[-1] or _follows_load(row, count):
         return Why.LOAD
     rises = [b - a for a, b in pairwise(lasting)]
     mean = growth / (count - 1)
@@ -146,7 +148,7 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
         return Why.FAST
     since = row.end - count * row.seconds - row.seconds * began
     per_request = growth / requests if by_request else math.nan
-    return Trend(line.slope, growth, since, seconds, line.straightness, per_request)
+    return Trend(line.slope, growth, since, seconds, line.bend, line.straightness, per_request)
 
 
 def _filled(floors: Sequence[float]) -> list[float] | None:
@@ -183,13 +185,13 @@ def _slows(floors: Sequence[float]) -> bool:
 def _lasting(floors: Sequence[float]) -> list[float]:
     """What of each floor was still there at the end: the least of it and all later ones. Single floors far above
     the others' line are cut: in that interval no sample was without something temporary."""
+    if len(floors) < 3:
+        return list(floors)
     rise = sorted(b - a for a, b in pairwise(floors))[(len(floors) - 1) // 2]
     off = [floor - rise * i for i, floor in enumerate(floors)]
     middle = sorted(off)[len(off) // 2]
     spread = sorted(abs(value - middle) for value in off)[len(off) // 2]
-    lasting = [
-        min(floor, middle + rise * i + _CUT * spread + abs(rise)) for i, floor in enumerate(floors)
-    ]
+    lasting = [min(floor, middle + rise * i + _CUT * spread) for i, floor in enumerate(floors)]
     for i in range(len(lasting) - 2, -1, -1):
         lasting[i] = min(lasting[i], lasting[i + 1])
     return lasting
@@ -255,7 +257,23 @@ def _load_rise(work: Sequence[float], count: int) -> float:
     highest = max(known)
     if highest <= 0:
         return math.inf  # its first load
-    return max(0.0, late / highest - 1 - 2 * math.sqrt(1 / late + 1 / highest))
+    return max(0.0, late / highest - 1 - 0.5 * math.sqrt(1 / late + 1 / highest))
+
+
+def _follows_load(row: Row, count: int) -> bool:
+    """Whether the load has been rising over the whole row, and memory no more than with it.
+
+    The longer time tells what the scatter of counts hides in the stretch alone.
+    """
+    third = count // 3
+    if len(row.work) < count + third:
+        return False
+    early, late = row.work[third] - row.work[0], row.work[-1] - row.work[-1 - third]
+    if not early > 0 or late > 3 * early:  # unknown, or traffic has only begun
+        return False
+    rise = late / early - 1 - 2 * math.sqrt(1 / late + 1 / early)
+    growth = row.floors[-1] - row.floors[0]
+    return rise > 0 and growth < _LOAD_FACTOR * rise * row.floors[-1]
 
 
 def _beginning(row: Row, count: int, line: _Fit, growth: float) -> int | None:
@@ -282,7 +300,7 @@ def _beginning(row: Row, count: int, line: _Fit, growth: float) -> int | None:
     else:
         return fits
     end = len(older) - fits
-    before = [floor for floor in older[max(0, end - count // 2) : end + 1] if floor == floor]
+    before = _lasting([floor for floor in older[max(0, end - count // 2) : end + 1] if floor == floor])
     if len(before) < 3:
         return fits
     rises = [b - a for a, b in pairwise(before)]
