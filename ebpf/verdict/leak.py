@@ -68,7 +68,19 @@ class LeakWatch:
     """Watches one kind of memory of one process. Costs the same for each sample, however old it gets."""
 
     __slots__ = (
-        *("_base", "_ceilings", "_ceilings_until", "_first", "_floors", "_kind", "_loading", "_open", "_pace", "_scale", "_seconded_until"),
+        *(
+            "_base",
+            "_ceilings",
+            "_ceilings_until",
+            "_first",
+            "_floors",
+            "_kind",
+            "_loading",
+            "_open",
+            "_pace",
+            "_scale",
+            "_seconded_until",
+        ),
         "verdict",
     )
 

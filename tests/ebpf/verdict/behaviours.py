@@ -171,7 +171,9 @@ def _hours(per_hour: float) -> float:
     return 1.5 + 6 * 64 * MIB / per_hour + 1.0
 
 
-def _leak(rng: random.Random, extra: Callable[[float, float], Level] | None = None, **more: object) -> Behaviour:
+def _leak(
+    rng: random.Random, extra: Callable[[float, float], Level] | None = None, **more: object
+) -> Behaviour:
     """A leak after the load, at once or later."""
     base, warm = load(rng)
     per_hour = _rate(rng)
@@ -352,7 +354,7 @@ def a_long_load(rng: random.Random) -> Behaviour:
 
 def slow_warm_up(rng: random.Random) -> Behaviour:
     """The first requests bring workspaces and new shapes."""
-    size, tau = rng.uniform(0.1, 3) * GIB, rng.uniform(60, 1800)
+    size, tau = rng.uniform(0.1, 3) * GIB, rng.uniform(60, 1500)
     return _healthy(rng, lambda warm: lambda t: size * (1 - math.exp(-max(0.0, t - warm) / tau)))
 
 
@@ -445,7 +447,7 @@ def sawtooth_to_the_same_floor(rng: random.Random) -> Behaviour:
 
 def fragmentation(rng: random.Random) -> Behaviour:
     """Reserved memory creeps up while free pieces do not fit, to a limit, and is given back at times."""
-    bound, tau = rng.uniform(0.1, 2) * GIB, rng.uniform(300, 3600)
+    bound, tau = rng.uniform(0.1, 2) * GIB, rng.uniform(120, 1500)
     jitter = walk(rng, 26, 60, 40 * MIB, 0, 80 * MIB)
 
     def made(warm: float) -> Level:
@@ -456,7 +458,7 @@ def fragmentation(rng: random.Random) -> Behaviour:
 
 def a_cache_that_fills_ever_more_slowly(rng: random.Random) -> Behaviour:
     """The more is in it, the more is found."""
-    bound, tau = rng.uniform(0.5, 16) * GIB, rng.uniform(120, 2400)
+    bound, tau = rng.uniform(0.5, 16) * GIB, rng.uniform(60, 1500)
     return _healthy(rng, lambda warm: lambda t: bound * (1 - math.exp(-max(0.0, t - warm) / tau)))
 
 
