@@ -1,9 +1,9 @@
 """Divide each step's time over the requests that ran in it. Pure: no engine, no device, no clock, no lock.
 
-In go the scheduler's outputs, one per step (`Ledger.observe`), and, later and in the same order, how long
-each step took (`Ledger.add`). Out come GPU time per request (absolute) and sums per tenant and for all steps
-(drained). What is put in comes out: requests + padding + unattributed + dummy = time of the steps, and
-tenants = requests.
+In go the scheduler's outputs, one per step (`Batch.of`, then `Ledger.observe`), and, later and in the same
+order, how long each step took (`Ledger.add`). Out come GPU time per request (absolute) and sums per tenant
+and for all steps (drained). What is put in comes out: requests + padding + unattributed + dummy = time of the
+steps, and tenants = requests.
 
 A batch that only decodes repeats for many steps, and its work grows by the same amount each time. Such a row
 of steps is one `Run`: a step adds two numbers to it, and only when the batch changes the run is divided over
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,78 @@ OTHER_TENANTS = 4096
 _STEP_BOUNDS_NS = tuple(bound * 1e9 for bound in STEP_SECONDS)
 
 
+class New(NamedTuple):
+    """A request that the scheduler sends for the first time, or again after a preemption."""
+
+    id: str
+    computed: int
+    """Tokens of it that are computed already."""
+    prompt: int
+    """Tokens to compute before it decodes."""
+    tenant: str
+
+
+class Batch:
+    """What a step was to do: what is kept of a `SchedulerOutput` until its time is known.
+
+    Made on the engine's thread, so nothing is worked out here, and lists are the scheduler's own (it makes
+    new ones for each step). Prompts are not kept.
+    """
+
+    __slots__ = ("computed", "finished", "ids", "new", "resumed", "tokens_of", "total")
+
+    def __init__(
+        self,
+        new: tuple[New, ...],
+        ids: list[str],
+        computed: list[int],
+        resumed: Collection[str],
+        finished: tuple[str, ...],
+        tokens_of: dict[str, int],
+        total: int,
+    ) -> None:
+        self.new = new
+        self.ids = ids
+        """Requests that were sent before; `computed` has the tokens that are computed of each."""
+        self.computed = computed
+        self.resumed = resumed
+        self.finished = finished
+        self.tokens_of = tokens_of
+        self.total = total
+
+    @classmethod
+    def of(cls, output: Any, tenant_of: Callable[[Any], str]) -> Batch:
+        """From a `SchedulerOutput` (by its fields; any object that has them will do)."""
+        cached = output.scheduled_cached_reqs
+        new, finished = output.scheduled_new_reqs, output.finished_req_ids
+        return cls(
+            tuple([_new(request, tenant_of) for request in new]) if new else (),
+            cached.req_ids,
+            cached.num_computed_tokens,
+            getattr(cached, "resumed_req_ids", None) or (),
+            tuple(finished) if finished else (),
+            output.num_scheduled_tokens,
+            output.total_num_scheduled_tokens,
+        )
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything to compute; if not, it only tells which requests ended."""
+        return self.total > 0 and bool(self.ids or self.new)
+
+
+def _new(request: Any, tenant_of: Callable[[Any], str]) -> New:
+    known = (getattr(request, "prefill_token_ids", None), request.prompt_token_ids)
+    length = max((len(tokens) for tokens in known if tokens is not None), default=0)
+    embeds = getattr(request, "prompt_embeds", None)
+    if length == 0 and embeds is not None:
+        length = int(embeds.shape[0])
+    params = request.sampling_params
+    if params is None:
+        params = getattr(request, "pooling_params", None)
+    return New(request.req_id, request.num_computed_tokens, length, tenant_of(params))
+
+
 class Run:
     """A batch: one step, or a row of steps in which the same requests decode one token each.
 
@@ -64,13 +136,13 @@ class Run:
         "ids",
         "lost",
         "pad_weight",
+        "prefill",
         "prefill_sum",
         "prefill_tokens",
         "rate",
         "rate_k",
         "recompute",
         "requests",
-        "single_tenant",
         "slope",
         "slots",
         "steady",
@@ -85,6 +157,8 @@ class Run:
         self.computed: Any = None
         self.slope = 0.0
         self.base_sum = 0.0
+        self.prefill: Any = None
+        """Which requests compute their prompts, a mask in the order of `slots`; None: none does."""
         self.prefill_sum = 0.0
         self.lost = 0.0
         self.pad_weight = 0.0
@@ -96,7 +170,6 @@ class Run:
         self.flops = 0.0
         self.flops_slope = 0.0
         self.steady = False
-        self.single_tenant: str | None = None
         self.rate = 0.0
         self.rate_k = 0.0
 
@@ -196,54 +269,45 @@ class Ledger:
 
     # What the scheduler says
 
-    def observe(self, output: Any, tenant_of: Callable[[Any], str]) -> Step:
-        """The batch of a `SchedulerOutput` (by its fields; any object that has them will do)."""
-        cached = output.scheduled_cached_reqs
-        ids = cached.req_ids
+    def observe(self, batch: Batch) -> Step:
+        """The next step's batch. A batch that computes nothing gives a step without a run, for `end`."""
+        ids = batch.ids
         run = self._observed
         if (
             run is not None
             and run.steady
-            and output.total_num_scheduled_tokens == run.requests == len(ids)
-            and not output.scheduled_new_reqs
-            and not output.finished_req_ids
+            and batch.total == run.requests == len(ids)
+            and not batch.new
+            and not batch.finished
             and ids == run.ids
         ):
             k = self._k + 1
-            if sum(cached.num_computed_tokens) == run.computed_sum + k * run.requests:
+            if sum(batch.computed) == run.computed_sum + k * run.requests:
                 self._k = k
                 return Step(run, k, continues=True)
-        return self._changed_batch(output, tenant_of)
+        return self._changed_batch(batch)
 
-    def _changed_batch(self, output: Any, tenant_of: Callable[[Any], str]) -> Step:
+    def _changed_batch(self, batch: Batch) -> Step:
         if self._observed is not None and self._observed.steady:
             before = self._observed
             self._high[before.slots] = before.computed + (self._k + 1)
         self._observed = None
         ended = []
-        for request_id in output.finished_req_ids:
+        for request_id in batch.finished:
             slot = self._slot_of.pop(request_id, None)
             if slot is not None:
                 ended.append(slot)
-        tokens_of = output.num_scheduled_tokens
-        cached = output.scheduled_cached_reqs
-        resumed = getattr(cached, "resumed_req_ids", None) or ()
-        ids: list[str] = []
-        computed: list[int] = []
-        for request in output.scheduled_new_reqs:
-            ids.append(request.req_id)
-            computed.append(request.num_computed_tokens)
-            self._admit(request, tenant_of)
-        for request_id in resumed:
+        for new in batch.new:
+            self._admit(new)
+        for request_id in batch.resumed:
             slot = self._slot_of.get(request_id)
             if slot is not None:
                 self._resume(slot)
-        ids = ids + cached.req_ids
-        computed = computed + cached.num_computed_tokens
-        step = Step(None, ended=tuple(ended), continues=bool(cached.req_ids))
-        if output.total_num_scheduled_tokens > 0 and ids:
-            total = output.total_num_scheduled_tokens
-            step.run = self._run(ids, computed, tokens_of, total, not output.scheduled_new_reqs)
+        step = Step(None, ended=tuple(ended), continues=bool(batch.ids))
+        if batch.runs:
+            ids = [new.id for new in batch.new] + batch.ids
+            computed = [new.computed for new in batch.new] + batch.computed
+            step.run = self._run(ids, computed, batch.tokens_of, batch.total, not batch.new)
             self._observed, self._k = step.run, 0
         return step
 
@@ -278,12 +342,6 @@ class Ledger:
             self._mixed(run, slots, np.array(counts, dtype=np.int64), context, prefill)
         run.slots, run.computed = slots, context
         run.base_sum = float(run.base.sum()) + run.lost
-        if len(self._tenants) == 1:
-            run.single_tenant = NO_TENANT
-        elif not run.lost:
-            tenants = self._tenant[slots]
-            if (tenants == tenants[0]).all():
-                run.single_tenant = self._tenants[int(tenants[0])]
         return run
 
     def _decoding(self, run: Run, slots: Any, context: Any, cached_only: bool) -> None:
@@ -323,6 +381,7 @@ class Ledger:
         run.prefill_tokens += prefill_tokens
         run.decode_tokens += int(tokens.sum()) - prefill_tokens
         run.prefill_sum = float(run.base[prefill].sum())
+        run.prefill = prefill
         flops = np.where(
             prefill,
             model.prefill.flops_per_token * tokens + model.prefill.flops_per_token_context * looked_at,
@@ -347,27 +406,19 @@ class Ledger:
                 run.prefill_tokens += tokens if tokens > 1 else 0
                 run.decode_tokens += tokens if tokens <= 1 else 0
 
-    def _admit(self, request: Any, tenant_of: Callable[[Any], str]) -> None:
-        known = (getattr(request, "prefill_token_ids", None), request.prompt_token_ids)
-        length = max((len(tokens) for tokens in known if tokens is not None), default=0)
-        embeds = getattr(request, "prompt_embeds", None)
-        if length == 0 and embeds is not None:
-            length = int(embeds.shape[0])
-        slot = self._slot_of.get(request.req_id)
+    def _admit(self, new: New) -> None:
+        slot = self._slot_of.get(new.id)
         if slot is not None:  # one way of resuming is to send the request again
             self._resume(slot)
-            self._prefill_until[slot] = max(self._prefill_until[slot], length)
+            self._prefill_until[slot] = max(self._prefill_until[slot], new.prompt)
             return
         slot = self._take()
         if slot is None:
             return
-        self._slot_of[request.req_id] = slot
-        self._ids[slot] = request.req_id
-        self._prefill_until[slot] = length
-        params = request.sampling_params
-        if params is None:
-            params = getattr(request, "pooling_params", None)
-        self._tenant[slot] = self._tenant_number(tenant_of(params))
+        self._slot_of[new.id] = slot
+        self._ids[slot] = new.id
+        self._prefill_until[slot] = new.prompt
+        self._tenant[slot] = self._tenant_number(new.tenant)
 
     def _resume(self, slot: int) -> None:
         lost = self._high[slot]
@@ -404,11 +455,6 @@ class Ledger:
         self._tenant_index = {name: number for number, name in enumerate(self._tenants)}
         for slot, name in names.items():
             self._tenant[slot] = self._tenant_index[name]
-
-    def tenants_of(self, ids: list[str]) -> list[str]:
-        """Tenant of each of some requests; `NO_TENANT` for unknown ones."""
-        slot_of, tenant, names = self._slot_of, self._tenant, self._tenants
-        return [names[tenant[slot]] if (slot := slot_of.get(i)) is not None else NO_TENANT for i in ids]
 
     # What the clock says
 
@@ -479,6 +525,21 @@ class Ledger:
             self._recompute[run.slots] += share * run.recompute
         self._changed[run.slots] = True
         run.rate = run.rate_k = 0.0
+
+    @staticmethod
+    def shares(step: Step, busy_ns: float) -> list[float]:
+        """What each request of a step gets of its time (ns), in the order of `Run.ids`.
+
+        Empty if some of them are not told apart.
+        """
+        run = step.run
+        if run is None or len(run.slots) != run.requests:
+            return []
+        weight = run.base_sum + step.k * run.slope * run.requests + step.padded * run.pad_weight
+        if weight <= 0:
+            return []
+        shares: list[float] = ((run.base + step.k * run.slope) * (busy_ns / weight)).tolist()
+        return shares
 
     # What is told
 

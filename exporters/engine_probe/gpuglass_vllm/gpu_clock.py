@@ -24,7 +24,7 @@ Tag = TypeVar("Tag")
 _AT_ONCE = 16
 """Steps whose passing is asked for with one query."""
 
-MAX_OUTSTANDING = 512
+MAX_OUTSTANDING = 1024
 """Steps whose end the device has not passed; more are not timed (their time goes to unattributed)."""
 
 
@@ -59,7 +59,8 @@ class _Entry(Generic[Tag]):
 
 
 class EventClock(Generic[Tag]):
-    """Steps on a CUDA stream. One thread records; polling may be done by any one thread at a time."""
+    """Steps on a CUDA stream. One thread records, another polls, without a lock: the one appends to the
+    queue, the other takes from it."""
 
     kind = "cuda"
 
@@ -137,6 +138,15 @@ class EventClock(Generic[Tag]):
             entry.end = self._newest = self._recorded()
             self._queue.append(entry)
 
+    def note(self, tag: Tag) -> bool:
+        """Deliver a tag in its turn, with no time. False: there is no room for it."""
+        if self._open is not None:
+            self.end()
+        if len(self._queue) >= self._limit:
+            return False
+        self._queue.append(_Entry(tag, False, False))
+        return True
+
     def cancel(self) -> None:
         """The step failed: it is not timed."""
         entry, self._open = self._open, None
@@ -151,9 +161,11 @@ class EventClock(Generic[Tag]):
         passed = 0
         while passed < min(limit, len(queue)):
             # The last of several: events are passed in order.
-            ahead = min(limit, len(queue), passed + _AT_ONCE)
-            end = queue[ahead - 1].end
-            if end is not None and end.query():
+            ahead = last = min(limit, len(queue), passed + _AT_ONCE)
+            while last > passed and queue[last - 1].end is None:
+                last -= 1  # noted without a time
+            end = queue[last - 1].end if last > passed else None
+            if end is None or end.query():
                 passed = ahead
             elif ahead == passed + 1:
                 break
@@ -165,7 +177,9 @@ class EventClock(Generic[Tag]):
 
     def _deliver(self, entry: _Entry[Tag], deliver: Deliver[Tag]) -> None:
         before, begin, end = self._last_end, entry.begin, entry.end
-        assert end is not None
+        if end is None:
+            deliver(entry.tag, 0.0, 0.0, 0.0)
+            return
         idle = unknown = 0.0
         if begin is None:
             assert before is not None, "a step without a begin follows one that ended"
@@ -235,14 +249,22 @@ class WallClock(Generic[Tag]):
 
     def end(self) -> None:
         """The step is complete. What the host did elsewhere between `pause` and `resume` counts as idle."""
-        if self._tag is None:
+        tag, self._tag = self._tag, None
+        if tag is None:
             return
         now = self._now()
         busy = self._busy + now - self._since
         start = self._last_end or self._begun
-        self._queue.append((self._tag, float(busy), float(max(0, now - start - busy))))
+        self._queue.append((tag, float(busy), float(max(0, now - start - busy))))
         self._last_end = now
-        self._tag = None
+
+    def note(self, tag: Tag) -> bool:
+        """Deliver a tag in its turn, with no time. False: there is no room for it."""
+        self.end()
+        if len(self._queue) >= MAX_OUTSTANDING:
+            return False
+        self._queue.append((tag, 0.0, 0.0))
+        return True
 
     def cancel(self) -> None:
         """The step failed: it is not timed."""

@@ -1,15 +1,18 @@
-"""Sums per tenant that wait for the agent: added to on the engine's threads, drained by the link."""
+"""Tenants of requests, and sums per tenant that wait for the agent: added to on the engine's threads, drained
+by the link."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from gpuglass_vllm import records
 
 MAX_TENANTS = 1000
 """Tenants with sums of their own between two drains; later ones are summed as `OTHER`."""
 OTHER = "other"
+MAX_OPEN = 16384
+"""Open requests whose tenants are known by name."""
 
 
 class Sums:
@@ -70,3 +73,42 @@ class TenantTable:
             taken, self._sums = self._sums, {}
         for tenant, sums in taken.items():
             yield sums.record(tenant)
+
+
+class OpenTenants:
+    """The tenant of each open request, for who has to know it at once. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, str] = {}
+        self._open: dict[str, int] = {}
+        self._all_known = True
+
+    def begin(self, request_id: str, tenant: str) -> None:
+        """A request is seen for the first time (or again)."""
+        if request_id in self._of:
+            return
+        if len(self._of) >= MAX_OPEN:
+            self._all_known = False
+            return
+        self._of[request_id] = tenant
+        self._open[tenant] = self._open.get(tenant, 0) + 1
+
+    def end(self, request_id: str) -> None:
+        """A request has ended; unknown ones are passed over."""
+        tenant = self._of.pop(request_id, None)
+        if tenant is None:
+            return
+        left = self._open.pop(tenant) - 1
+        if left:
+            self._open[tenant] = left
+        if not self._of:
+            self._all_known = True
+
+    @property
+    def single(self) -> str | None:
+        """The tenant of all open requests; None if there are several, or one that is not known."""
+        return next(iter(self._open)) if len(self._open) == 1 and self._all_known else None
+
+    def of(self, request_ids: Iterable[str]) -> list[str]:
+        """Tenant of each of some requests; `NO_TENANT` for unknown ones."""
+        return [self._of.get(request_id, records.NO_TENANT) for request_id in request_ids]

@@ -3,8 +3,11 @@
 `install` hooks vLLM where a worker gets its device. From then on the worker's own methods are observed:
 `execute_model` and `sample_tokens` enclose a step, `execute_dummy_batch` one without requests, and
 `compile_or_warm_up_model` ends before anything is recorded. What a step was is taken from the scheduler's
-output that the worker gets, so nothing is matched with other processes. `WorkerSource` hands the results to
-the link.
+output that the worker gets, so nothing is matched with other processes.
+
+The engine's thread only notes (`Noted`) and puts an event on the stream; noted steps wait in the clock's
+queue until the device has passed them, and the link's thread works out the rest. `WorkerSource` hands the
+results to the link.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpuglass_vllm import allocator, hooks, identity, marks, records, settings
-from gpuglass_vllm.attribution import Ledger, Step
+from gpuglass_vllm.attribution import Batch, Ledger, Step
 from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Counts, Experts, HostCounts, Layout, Routing
 from gpuglass_vllm.gpu_clock import EventClock, WallClock
 from gpuglass_vllm.link import Link
+from gpuglass_vllm.step_samples import Noted, StepSamples
+from gpuglass_vllm.tenants import OpenTenants
 from gpuglass_vllm.work_model import BY_TOKENS, UNKNOWN, WorkModel, device_by_name, fit
 
 logger = logging.getLogger("gpuglass_vllm")
@@ -34,13 +39,17 @@ OUT_OF_MEMORY = hooks.table.hook("worker.out_of_memory")
 PADDING = hooks.table.hook("worker.padding")
 WORK_MODEL = hooks.table.hook("worker.work_model")
 """Whether time is split by the engine's own model of work, or by tokens."""
+SAMPLES = hooks.table.hook("worker.samples")
+"""Some steps one by one."""
 
 ALLOCATOR_INTERVAL = 5.0
 """Seconds between statistics of the allocator."""
 
 _GRAPH_SIZES = 4096
-_POLL_FROM = 64
-"""Steps that wait to be read from which on the engine's thread helps the link's."""
+_AT_ONCE = 4
+"""Steps worked out before the link's thread lets the engine's have the interpreter."""
+_PAUSE = 0.0002
+"""Seconds that it gives it: a thread that waits for the interpreter needs some time to wake up."""
 
 _PROBE = "_gpuglass_probe"
 _HELD = "_gpuglass_held"
@@ -63,7 +72,8 @@ def _attach(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     EXPERTS.activate()
     if getattr(worker, _PROBE, None) is None:
         setattr(worker, _PROBE, Probe(worker))
-        _wrap_methods(type(worker))
+        device = getattr(getattr(worker.vllm_config, "device_config", None), "device_type", "")
+        _wrap_methods(type(worker), device)
 
 
 def _guarded(hook: hooks.Hook, function: Callable[..., Any], *args: Any) -> Any:
@@ -83,21 +93,25 @@ def _defining(cls: type, name: str) -> type:
     return next((base for base in cls.__mro__ if name in vars(base)), cls)
 
 
-def _wrap_methods(cls: type) -> None:
+def _wrap_methods(cls: type, device: str) -> None:
     def on(name: str, hook: hooks.Hook, **calls: Any) -> None:
         hooks.wrap(_defining(cls, name), name, hook, **calls)
 
     def call(method: str) -> Callable[..., Any]:
+        function = getattr(Probe, method)
+
         def forwarded(worker: Any, *args: Any) -> Any:
             probe = getattr(worker, _PROBE, None)
-            return getattr(probe, method)(*args) if probe is not None else None
+            return function(probe, *args) if probe is not None else None
 
         return forwarded
 
     on("compile_or_warm_up_model", EXPERTS, before=call("bind_experts"))
     on("compile_or_warm_up_model", STEPS, before=call("warm_up"), after=call("start"))
     on("execute_model", STEPS, before=call("execute"), after=call("executed"), on_error=call("failed"))
-    on("sample_tokens", STEPS, before=call("sample"), after=call("sampled"), on_error=call("sampling_failed"))
+    # Only a clock of the host has to know when it comes back to the step.
+    before = None if device == "cuda" else call("sample")
+    on("sample_tokens", STEPS, before=before, after=call("sampled"), on_error=call("sampling_failed"))
     on("execute_dummy_batch", STEPS, before=call("dummy"), after=call("sampled"), on_error=call("cancel"))
 
 
@@ -108,10 +122,15 @@ class Probe:
         self.worker = worker
         self.live = False
         self.link: Link | None = None
-        self.clock: EventClock[Step] | WallClock[Step] = WallClock()
+        self.clock: EventClock[Noted] | WallClock[Noted] = WallClock()
         self.ledger = Ledger()
-        self.lock = threading.Lock()
-        """Guards clock and ledger; held for microseconds."""
+        """Used by the link's thread."""
+        self.samples = StepSamples()
+        """Used by the link's thread."""
+        self.tenants = OpenTenants()
+        """Used by the engine's thread."""
+        self.tid = 0
+        """The engine's thread, as gettid(2) names it."""
         self.experts: Experts | None = None
         self.layout: Layout | None = None
         self.expert_ranks = 1
@@ -120,15 +139,18 @@ class Probe:
         self.uuid = ""
         self.device_name = ""
         self.peak_flops = 0.0
-        self._step: Step | None = None
+        self._step: Noted | None = None
         self._output: Any = None
+        self._number = 0
         self._chosen = False
         self._replays = 0
         """Captured graphs replayed in the step."""
-        self._padded = 0
+        self._padded = (0, 0, 0)
+        """Tokens and replays of the last step whose padding was looked at, and its padding."""
         self._graph_sizes: set[int] = set()
         """Numbers of tokens whose steps replay captured graphs."""
-        self._carried: tuple[int, ...] = ()
+        self._ended: tuple[str, ...] = ()
+        """Requests whose end could not be noted yet."""
 
     # Start
 
@@ -143,7 +165,7 @@ class Probe:
             model = self._work_model()
             self.clock = self._new_clock()
             self.ledger = Ledger(model)
-            for hook in (OUT_OF_MEMORY, PADDING):
+            for hook in (OUT_OF_MEMORY, PADDING, SAMPLES):
                 hook.activate()
             if self.on_cuda:
                 ALLOCATOR.activate()
@@ -176,7 +198,7 @@ class Probe:
         if known is not None:
             self.peak_flops = known.flops8 if _is_8_bits(config) else known.flops
 
-    def _new_clock(self) -> EventClock[Step] | WallClock[Step]:
+    def _new_clock(self) -> EventClock[Noted] | WallClock[Noted]:
         if not self.on_cuda:
             return WallClock()
         import torch
@@ -245,18 +267,25 @@ class Probe:
         if not self.live:
             return
         output = args[0] if args else kwargs["scheduler_output"]
-        with self.lock:
-            step = self.ledger.observe(output, marks.tenant_of)
-            if self._carried:
-                step.ended += self._carried
-                self._carried = ()
-            if step.run is None:  # nothing to compute, at most requests that ended
-                self._carried = step.ended
-                return
-            self._begin(step, step.run.tokens in self._graph_sizes)
-        self._output = output
+        batch = Batch.of(output, marks.tenant_of)
         experts = self.experts
-        self._chosen = experts is not None and EXPERTS.on and experts.begin(step.run.tokens)
+        if experts is not None and (batch.new or batch.finished):
+            self._follow(batch)
+        if self._ended:
+            batch.finished = (*self._ended, *batch.finished)
+            self._ended = ()
+        if not batch.runs:
+            self._leave(Noted(batch, self._number))
+            return
+        self._begin(batch, batch.total in self._graph_sizes)
+        self._output = output
+        self._chosen = experts is not None and EXPERTS.on and experts.begin(batch.total)
+
+    def _follow(self, batch: Batch) -> None:
+        for request_id in batch.finished:
+            self.tenants.end(request_id)
+        for new in batch.new:
+            self.tenants.begin(new.id, new.tenant)
 
     def replay(self, graph: Any) -> None:
         """A captured graph is about to be replayed; in a step, the first one begins the forward pass."""
@@ -272,27 +301,30 @@ class Probe:
 
     def executed(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """The forward pass is queued; sampling follows unless there is a result already."""
-        step, output = self._step, self._output
-        if step is None or step.run is None:
+        noted = self._step
+        if noted is None or noted.batch is None:
             return
-        if self.on_cuda:
-            step.host_fed = self._replays != 1
-        if self._replays:
-            if len(self._graph_sizes) < _GRAPH_SIZES:
-                self._graph_sizes.add(step.run.tokens)
+        replays = noted.replays = self._replays
+        tokens = noted.batch.total
+        if (tokens, replays) == self._padded[:2]:
+            noted.padded = self._padded[2]
         else:
-            self._graph_sizes.discard(step.run.tokens)
-        if step.k:
-            step.padded = self._padded  # the same batch as before
-        else:
-            _guarded(PADDING, self._see_padding, step)
-            self._padded = step.padded
+            self._note_shape(noted, tokens, replays)
         if self._chosen:
-            _guarded(EXPERTS, self._count_experts, step, output)
+            _guarded(EXPERTS, self._count_experts, noted.batch, self._output)
         if result is None:
             self.clock.pause()
         else:
             self.sampled(args, kwargs, result, token)
+
+    def _note_shape(self, noted: Noted, tokens: int, replays: int) -> None:
+        """Other tokens than before, or run another way: look at the padding, and whether graphs ran."""
+        if not replays:
+            self._graph_sizes.discard(tokens)
+        elif len(self._graph_sizes) < _GRAPH_SIZES:
+            self._graph_sizes.add(tokens)
+        _guarded(PADDING, self._see_padding, noted, tokens)
+        self._padded = (tokens, replays, noted.padded)
 
     def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sampling begins."""
@@ -303,36 +335,45 @@ class Probe:
         """A step without requests begins: others of a data-parallel group have some."""
         if not self.live:
             return
-        step = Step(None, ended=self._carried)
-        self._carried = ()
-        with self.lock:
-            self._begin(step, False)
+        self._begin(None, False)
         self._chosen = False
 
-    def _begin(self, step: Step, graph: bool) -> None:
-        """Start the clock for a step; with the lock held."""
-        if len(self.clock) >= _POLL_FROM:
-            self.clock.poll(self._deliver)
-        if not self.clock.begin(step, graph):
-            self._carried += step.ended
-            step.ended = ()
-        self._step = step
+    def _begin(self, batch: Batch | None, graph: bool) -> None:
+        """Start the clock for a step."""
+        self._number += 1
+        if not self.tid:
+            self.tid = threading.get_native_id()
+        noted = Noted(batch, self._number, time.monotonic_ns())
+        if not self.clock.begin(noted, graph):
+            self._forget(noted)
+        self._step = noted
         self._replays = 0
 
     def sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """All of the step is queued."""
-        if self._step is not None:
+        noted = self._step
+        if noted is not None:
             self._step = self._output = None
-            with self.lock:
-                self.clock.end()
+            noted.end_ns = time.monotonic_ns()
+            self.clock.end()
+
+    def _leave(self, noted: Noted) -> None:
+        """Note a batch for which there is no time."""
+        noted.timed = False
+        if not self.clock.note(noted):
+            self._forget(noted)
+
+    def _forget(self, noted: Noted) -> None:
+        """There is no room: as if its requests never began, but those that ended must not stay for ever."""
+        if noted.batch is not None:
+            self._ended += noted.batch.finished
 
     def cancel(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
         """The engine failed in this step."""
-        step, self._step, self._output = self._step, None, None
-        with self.lock:
-            self.clock.cancel()
-        if step is not None:
-            self._carried += step.ended
+        noted, self._step, self._output = self._step, None, None
+        self.clock.cancel()
+        if noted is not None:
+            self._leave(noted)
         if self.experts is not None:
             self.experts.cancel()
 
@@ -360,46 +401,53 @@ class Probe:
         }
         self.link.event(allocator.out_of_memory(error, tokens_of, time.monotonic_ns()))
 
-    def _see_padding(self, step: Step) -> None:
+    def _see_padding(self, noted: Noted, tokens: int) -> None:
         state = getattr(self.worker.model_runner, "execute_model_state", None)
-        run = step.run
-        if state is None or run is None:
+        if state is None:
             return
         batch = getattr(state, "input_batch", None)
         if batch is not None:
             rows = batch.num_tokens_after_padding
         else:
             hidden = getattr(state, "hidden_states", None)
-            rows = hidden.shape[0] if hidden is not None else run.tokens
-        step.padded = max(0, rows - run.tokens)
+            rows = hidden.shape[0] if hidden is not None else tokens
+        noted.padded = max(0, rows - tokens)
 
-    def _count_experts(self, step: Step, output: Any) -> None:
-        run, experts = step.run, self.experts
-        if run is None or experts is None:
+    def _count_experts(self, batch: Batch, output: Any) -> None:
+        experts = self.experts
+        if experts is None:
             return
 
         def spans() -> list[tuple[str, int]]:
-            ids = batch_order(self.worker.model_runner, run.requests)
+            ids = batch_order(self.worker.model_runner, len(batch.new) + len(batch.ids))
             tokens_of = output.num_scheduled_tokens
-            with self.lock:
-                tenants = self.ledger.tenants_of(ids)
-            return [(tenant, tokens_of.get(i, 0)) for tenant, i in zip(tenants, ids, strict=True)]
+            return [
+                (tenant, tokens_of.get(i, 0)) for tenant, i in zip(self.tenants.of(ids), ids, strict=True)
+            ]
 
-        experts.finish(run.tokens, run.single_tenant, spans)
+        experts.finish(batch.total, self.tenants.single, spans)
 
-    def _deliver(self, step: Step, busy_ns: float, idle_ns: float, unattributed_ns: float) -> None:
+    # On the link's thread
+
+    def _deliver(self, noted: Noted, busy_ns: float, idle_ns: float, unattributed_ns: float) -> None:
+        step = Step(None) if noted.batch is None else self.ledger.observe(noted.batch)
+        if not noted.timed:
+            self.ledger.end(step)
+            return
+        step.padded = noted.padded
+        step.host_fed = self.on_cuda and noted.batch is not None and noted.replays != 1
         self.ledger.add(step, busy_ns, idle_ns, unattributed_ns)
+        if SAMPLES.on:
+            self.samples.see(noted, step, busy_ns)
 
     def drain_clock(self) -> None:
-        """On the link's thread: take in steps that the device has passed while no new step began."""
-        while True:
-            with self.lock:
-                if not self.clock.poll(self._deliver, 4):
-                    if self._carried and not len(self.clock) and self._step is None:
-                        self.ledger.end(Step(None, ended=self._carried))
-                        self._carried = ()
-                    return
-            time.sleep(0)
+        """Work out the steps that the device has passed."""
+        while self.clock.poll(self._deliver, _AT_ONCE):
+            time.sleep(_PAUSE)
+
+    def take_samples(self) -> list[records.StepSample]:
+        """Steps to be told one by one."""
+        return self.samples.take(self.tid, self.on_cuda)
 
 
 class WorkerSource:
@@ -436,9 +484,10 @@ class WorkerSource:
         at = time.monotonic_ns()
         result: list[records.Record] = []
         _guarded(STEPS, probe.drain_clock)
-        with probe.lock:
-            gains = probe.ledger.gains(everything)
-        result += gains.records(at)
+        result += probe.ledger.gains(everything).records(at)
+        if probe.link is not None:
+            for sample in _guarded(SAMPLES, probe.take_samples) or ():
+                probe.link.event(sample)
         now = time.monotonic()
         if ALLOCATOR.on and (everything or now >= self._next_allocator):
             self._next_allocator = now + ALLOCATOR_INTERVAL
@@ -451,8 +500,7 @@ class WorkerSource:
         """Time of tenants and steps, and expert counts when it is time for them."""
         probe = self._probe
         _guarded(STEPS, probe.drain_clock)
-        with probe.lock:
-            result: list[records.Record] = list(probe.ledger.sums(probe.clock.kind))
+        result: list[records.Record] = list(probe.ledger.sums(probe.clock.kind))
         if probe.experts is not None and EXPERTS.on:
             drained = _guarded(EXPERTS, probe.experts.drain, time.monotonic_ns())
             if drained is not None:

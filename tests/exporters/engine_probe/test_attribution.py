@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuglass_vllm import attribution
-from gpuglass_vllm.attribution import Ledger, Step
+from gpuglass_vllm.attribution import Batch, Ledger, Step
 from gpuglass_vllm.records import NO_TENANT, GpuProgress, StepSums, TenantSums
 from gpuglass_vllm.work_model import BY_TOKENS, Phase, WorkModel
 
@@ -102,7 +102,9 @@ class Engine:
             fresh.append(new(request_id, prompt, tenant=tenant))
             tokens[request_id] = self._take(request_id, 0, budget)
         finished, self.finished = tuple(self.finished), []
-        return self.ledger.observe(output(fresh, cached, tokens, finished, tuple(resumed)), tenant_of)
+        return self.ledger.observe(
+            Batch.of(output(fresh, cached, tokens, finished, tuple(resumed)), tenant_of)
+        )
 
     def _take(self, request_id: str, computed: int, budget: int) -> int:
         tokens = max(1, min(budget, self.prompt[request_id] - computed))
@@ -198,10 +200,10 @@ def test_a_row_of_steps_is_divided_like_its_steps(requests: int, start: int, tim
     """What is added up per run equals dividing each step for itself."""
     ledger = Ledger(MODEL)
     contexts = {f"r{i}": start * (i + 1) for i in range(requests)}
-    ledger.observe(output([new(i, c) for i, c in contexts.items()], {}, contexts), tenant_of)
+    ledger.observe(Batch.of(output([new(i, c) for i, c in contexts.items()], {}, contexts), tenant_of))
     expected = dict.fromkeys(contexts, 0.0)
     for ns in times:
-        step = ledger.observe(output([], dict(contexts), dict.fromkeys(contexts, 1)), tenant_of)
+        step = ledger.observe(Batch.of(output([], dict(contexts), dict.fromkeys(contexts, 1)), tenant_of))
         ledger.add(step, ns)
         decode = MODEL.decode
         weights = {
@@ -217,9 +219,9 @@ def test_a_row_of_steps_is_divided_like_its_steps(requests: int, start: int, tim
 
 def test_a_long_prompt_bears_most_of_its_step() -> None:
     ledger = Ledger(MODEL)
-    ledger.add(ledger.observe(output([new("small", 8)], {}, {"small": 8}), tenant_of), 1e6)
+    ledger.add(ledger.observe(Batch.of(output([new("small", 8)], {}, {"small": 8}), tenant_of)), 1e6)
     mixed = output([new("long", 2000)], {"small": 8}, {"long": 2000, "small": 1})
-    ledger.add(ledger.observe(mixed, tenant_of), 10e6)
+    ledger.add(ledger.observe(Batch.of(mixed, tenant_of)), 10e6)
     times = progress(ledger)
     assert times["long"] > 0.95 * 10e6
     assert 1e6 < times["small"] < 1.1e6
@@ -230,8 +232,8 @@ def test_a_long_prompt_bears_most_of_its_step() -> None:
 
 def test_padding_takes_its_share_and_no_more() -> None:
     ledger = Ledger(BY_TOKENS)
-    ledger.observe(output([new("a", 1), new("b", 1)], {}, {"a": 1, "b": 1}), tenant_of)
-    step = ledger.observe(output([], {"a": 1, "b": 1}, {"a": 1, "b": 1}), tenant_of)
+    ledger.observe(Batch.of(output([new("a", 1), new("b", 1)], {}, {"a": 1, "b": 1}), tenant_of))
+    step = ledger.observe(Batch.of(output([], {"a": 1, "b": 1}, {"a": 1, "b": 1}), tenant_of))
     step.padded = 6
     ledger.add(step, 8000)
     sums = step_sums(ledger)
@@ -243,14 +245,14 @@ def test_padding_takes_its_share_and_no_more() -> None:
 def test_recomputed_tokens_are_told_apart(resend: bool) -> None:
     """After a preemption, up to where it had been before: again; from there on: new."""
     ledger = Ledger(BY_TOKENS)
-    ledger.add(ledger.observe(output([new("v", 100)], {}, {"v": 100}), tenant_of), 100)
-    ledger.add(ledger.observe(output([], {"v": 100}, {"v": 1}), tenant_of), 1)
+    ledger.add(ledger.observe(Batch.of(output([new("v", 100)], {}, {"v": 100}), tenant_of)), 100)
+    ledger.add(ledger.observe(Batch.of(output([], {"v": 100}, {"v": 1}), tenant_of)), 1)
     if resend:
         again = output([new("v", 102, computed=32)], {}, {"v": 70})
     else:
         again = output([], {"v": 32}, {"v": 70}, resumed=("v",))
-    ledger.add(ledger.observe(again, tenant_of), 70)
-    ledger.add(ledger.observe(output([], {"v": 102}, {"v": 1}), tenant_of), 1)
+    ledger.add(ledger.observe(Batch.of(again, tenant_of)), 70)
+    ledger.add(ledger.observe(Batch.of(output([], {"v": 102}, {"v": 1}), tenant_of)), 1)
     (record,) = ledger.gains(False).records(0)
     assert record.gpu_ns == pytest.approx([172])
     assert record.recompute_ns == pytest.approx([69])  # 32 to 101; the last token is new
@@ -260,9 +262,9 @@ def test_recomputed_tokens_are_told_apart(resend: bool) -> None:
 
 def test_a_rejected_draft_is_no_recomputation() -> None:
     ledger = Ledger(BY_TOKENS)
-    ledger.add(ledger.observe(output([new("s", 10)], {}, {"s": 10}), tenant_of), 10)
-    ledger.add(ledger.observe(output([], {"s": 10}, {"s": 4}), tenant_of), 4)
-    ledger.add(ledger.observe(output([], {"s": 11}, {"s": 4}), tenant_of), 4)
+    ledger.add(ledger.observe(Batch.of(output([new("s", 10)], {}, {"s": 10}), tenant_of)), 10)
+    ledger.add(ledger.observe(Batch.of(output([], {"s": 10}, {"s": 4}), tenant_of)), 4)
+    ledger.add(ledger.observe(Batch.of(output([], {"s": 11}, {"s": 4}), tenant_of)), 4)
     (record,) = ledger.gains(False).records(0)
     assert record.recompute_ns == []
     assert record.gpu_ns == pytest.approx([18])
@@ -270,8 +272,8 @@ def test_a_rejected_draft_is_no_recomputation() -> None:
 
 def test_an_ended_request_is_told_once_with_its_last_value() -> None:
     ledger = Ledger(BY_TOKENS)
-    ledger.add(ledger.observe(output([new("a", 4)], {}, {"a": 4}), tenant_of), 40)
-    step = ledger.observe(output([new("b", 2)], {}, {"b": 2}, finished=("a",)), tenant_of)
+    ledger.add(ledger.observe(Batch.of(output([new("a", 4)], {}, {"a": 4}), tenant_of)), 40)
+    step = ledger.observe(Batch.of(output([new("b", 2)], {}, {"b": 2}, finished=("a",)), tenant_of))
     assert [r.ended for r in ledger.gains(False).records(0)] == [[]]
     ledger.add(step, 20)
     (record,) = ledger.gains(False).records(0)
@@ -283,8 +285,10 @@ def test_an_ended_request_is_told_once_with_its_last_value() -> None:
 
 def test_a_name_used_again_is_another_request() -> None:
     ledger = Ledger(BY_TOKENS)
-    ledger.add(ledger.observe(output([new("a", 4)], {}, {"a": 4}), tenant_of), 40)
-    step = ledger.observe(output([new("a", 3, tenant="t")], {}, {"a": 3}, finished=("a",)), tenant_of)
+    ledger.add(ledger.observe(Batch.of(output([new("a", 4)], {}, {"a": 4}), tenant_of)), 40)
+    step = ledger.observe(
+        Batch.of(output([new("a", 3, tenant="t")], {}, {"a": 3}, finished=("a",)), tenant_of)
+    )
     ledger.add(step, 30)
     tenants = {r.tenant: r.gpu_ns for r in ledger.sums("cuda") if isinstance(r, TenantSums)}
     assert tenants == pytest.approx({"": 40, "t": 30})
@@ -294,7 +298,9 @@ def test_more_requests_than_slots_are_not_lost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attribution, "MAX_REQUESTS", 4)
     ledger = Ledger(BY_TOKENS, capacity=2)
     ids = [f"r{i}" for i in range(8)]
-    ledger.add(ledger.observe(output([new(i, 1) for i in ids], {}, dict.fromkeys(ids, 1)), tenant_of), 800)
+    ledger.add(
+        ledger.observe(Batch.of(output([new(i, 1) for i in ids], {}, dict.fromkeys(ids, 1)), tenant_of)), 800
+    )
     sums = step_sums(ledger)
     assert sums.attributed_ns == pytest.approx(400)
     assert sums.unattributed_ns == pytest.approx(400)
@@ -307,7 +313,9 @@ def test_tenants_without_requests_are_forgotten_but_not_their_time(monkeypatch: 
     last: tuple[str, ...] = ()
     for number in range(40):
         name = f"r{number}"
-        step = ledger.observe(output([new(name, 1, tenant=f"t{number}")], {}, {name: 1}, last), tenant_of)
+        step = ledger.observe(
+            Batch.of(output([new(name, 1, tenant=f"t{number}")], {}, {name: 1}, last), tenant_of)
+        )
         ledger.add(step, 10)
         last = (name,)
     tenants = {r.tenant: r.gpu_ns for r in ledger.sums("cuda") if isinstance(r, TenantSums)}
@@ -317,8 +325,8 @@ def test_tenants_without_requests_are_forgotten_but_not_their_time(monkeypatch: 
 
 def test_idleness_counts_only_while_requests_run_on() -> None:
     ledger = Ledger(BY_TOKENS)
-    ledger.add(ledger.observe(output([new("a", 4)], {}, {"a": 4}), tenant_of), 40, idle_ns=1e9)
-    ledger.add(ledger.observe(output([], {"a": 4}, {"a": 1}), tenant_of), 10, idle_ns=7)
+    ledger.add(ledger.observe(Batch.of(output([new("a", 4)], {}, {"a": 4}), tenant_of)), 40, idle_ns=1e9)
+    ledger.add(ledger.observe(Batch.of(output([], {"a": 4}, {"a": 1}), tenant_of)), 10, idle_ns=7)
     assert step_sums(ledger).idle_ns == 7
 
 
@@ -329,9 +337,9 @@ def test_records_fit_into_packets() -> None:
 
     ledger = Ledger(BY_TOKENS)
     ids = [f"{i:05d}" + "x" * 200 for i in range(1000)]
-    step = ledger.observe(output([new(i, 1) for i in ids], {}, dict.fromkeys(ids, 1)), tenant_of)
+    step = ledger.observe(Batch.of(output([new(i, 1) for i in ids], {}, dict.fromkeys(ids, 1)), tenant_of))
     ledger.add(step, 1e9 / 3)
-    ledger.end(Step(None, ended=ledger.observe(output(finished=tuple(ids)), tenant_of).ended))
+    ledger.end(Step(None, ended=ledger.observe(Batch.of(output(finished=tuple(ids)), tenant_of)).ended))
     told = ledger.gains(False).records(0)
     assert sum(len(r.request_ids) for r in told) == 1000
     assert max(len(msgspec.msgpack.encode(r)) for r in told) < records.MAX_PACKET - 1024

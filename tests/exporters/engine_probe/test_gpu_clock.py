@@ -169,6 +169,25 @@ def test_what_the_device_has_passed_is_delivered_and_no_more(passed: int, limit:
     assert [tag for tag, _, _, _ in seen.steps] == [str(number) for number in range(passed)]
 
 
+def test_what_has_no_time_is_delivered_in_its_turn() -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event, limit=5)
+    assert clock.note("first")
+    run(clock, device, "a", 0, 3)
+    assert clock.note("between") and clock.note("too")
+    run(clock, device, "b", 0, 3)
+    assert not clock.note("no room")
+    clock.poll(seen)
+    assert [step[0] for step in seen.steps] == ["first"]
+    device.now = 4
+    while clock.poll(seen, 1):
+        pass
+    assert [step[0] for step in seen.steps] == ["first", "a", "between", "too"]
+    device.now = 10
+    clock.poll(seen)
+    assert seen.steps[1:] == [("a", 3.5, 0, 0), ("between", 0, 0, 0), ("too", 0, 0, 0), ("b", 3.5, 0, 0)]
+
+
 def test_only_the_first_graph_of_a_step_marks_its_forward_pass() -> None:
     device, seen = Device(), Seen()
     clock = EventClock[str](device.event)

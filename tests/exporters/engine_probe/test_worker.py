@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from gpuglass_vllm import worker
-from gpuglass_vllm.attribution import Step
+from gpuglass_vllm import gpu_clock, worker
 from gpuglass_vllm.gpu_clock import WallClock
-from gpuglass_vllm.records import OutOfMemory, StepSums
+from gpuglass_vllm.records import OutOfMemory, StepSample, StepSums
+from gpuglass_vllm.step_samples import Noted
+from gpuglass_vllm.tenants import OpenTenants
 from gpuglass_vllm.worker import Probe, WorkerSource, batch_order
 
 from .test_attribution import new, output
@@ -34,10 +35,10 @@ def probe() -> Probe:
 
     runner = SimpleNamespace(execute_model_state=None, input_batch=SimpleNamespace(req_ids=["a", "b"]))
     probe = Probe(SimpleNamespace(model_runner=runner, vllm_config=None))
-    probe.clock = WallClock[Step](clock)
+    probe.clock = WallClock[Noted](clock)
     probe.live = True
     probe.link = Link()  # type: ignore[assignment]
-    for hook in (worker.STEPS, worker.PADDING, worker.OUT_OF_MEMORY):
+    for hook in (worker.STEPS, worker.PADDING, worker.OUT_OF_MEMORY, worker.SAMPLES):
         hook.activate()
     return probe
 
@@ -130,6 +131,60 @@ def test_a_failed_step_leaves_no_time_and_no_request_behind(probe: Probe) -> Non
     probe.cancel((failing,), {}, RuntimeError("broken"), None)
     assert sums(probe).steps == 1
     assert ended(probe) == ["a"]
+
+
+def test_steps_without_room_lose_no_end_of_a_request(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link's thread does not come to take steps away: what ended meanwhile is forgotten later."""
+    monkeypatch.setattr(gpu_clock, "MAX_OUTSTANDING", 2)
+    step(probe, output([new("a", 4)], {}, {"a": 4}))
+    step(probe, output([], {"a": 4}, {"a": 1}))
+    step(probe, output([new("b", 4)], {}, {"b": 4}, finished=("a",)))
+    assert sums(probe).steps == 2
+    step(probe, output([], {"b": 4}, {"b": 1}))
+    assert ended(probe) == ["a"]
+    told = sums(probe)
+    assert told.steps == 1 and told.unattributed_ns == 2000, "nobody was told of b"
+
+
+def test_the_longest_step_and_those_with_new_requests_are_told_one_by_one(probe: Probe) -> None:
+    step(probe, output([new("a", 4)], {}, {"a": 4}))
+    step(probe, output([new("b", 9)], {"a": 4}, {"a": 1, "b": 9}))
+    for computed in (5, 6):
+        step(probe, output([], {"a": computed, "b": computed + 4}, {"a": 1, "b": 1}))
+    list(WorkerSource(probe).states(False))
+    told: list[StepSample] = probe.link.events  # type: ignore[union-attr]
+    assert [sample.step for sample in told] == [1, 2, 3]
+    mixed = told[1]
+    assert (mixed.request_ids, mixed.tokens, mixed.phases) == (["b", "a"], [9, 1], ["prefill", "decode"])
+    assert sum(mixed.gpu_ns) == pytest.approx(2000)
+    assert mixed.gpu_ns == pytest.approx([1800, 200])
+    assert mixed.requests == 2 and mixed.scheduled_tokens == 10
+    assert mixed.begin_ns <= mixed.at and mixed.tid == probe.tid > 0
+    assert told[2].phases == ["decode", "decode"]
+    probe.link.events.clear()  # type: ignore[union-attr]
+    list(WorkerSource(probe).states(False))
+    assert probe.link.events == [], "each is told once"  # type: ignore[union-attr]
+
+
+def test_the_tenant_of_all_open_requests_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuglass_vllm.tenants.MAX_OPEN", 3)
+    tenants = OpenTenants()
+    assert tenants.single is None
+    tenants.begin("a", "red")
+    tenants.begin("a", "blue")
+    tenants.begin("b", "red")
+    assert tenants.single == "red"
+    tenants.begin("c", "blue")
+    assert tenants.single is None and tenants.of(["c", "x", "a"]) == ["blue", "", "red"]
+    tenants.end("c")
+    assert tenants.single == "red"
+    tenants.begin("c", "red")
+    tenants.begin("too many", "red")
+    assert tenants.single is None
+    for name in ("a", "b", "c", "too many"):
+        tenants.end(name)
+    tenants.begin("d", "")
+    assert tenants.single == ""
 
 
 class OutOfMemoryError(RuntimeError):
