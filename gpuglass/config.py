@@ -240,6 +240,8 @@ class EnginesConfig(_Section, frozen=True):
     """Users who may send, as the kernel tells them; empty: all who can connect."""
     allow_namespaces: tuple[str, ...] = ()
     """Patterns of the Kubernetes namespaces whose pods may send; empty: all, and processes outside pods."""
+    tracer_uids: tuple[Uid, ...] = (0,)
+    """Users whose CUDA memory tracers are believed; they must see the host's pids."""
     requests: Count = 10_000
     """Open requests remembered per engine."""
     limits: LimitsConfig = LimitsConfig()

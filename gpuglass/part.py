@@ -11,6 +11,7 @@ from typing import Protocol
 
 from gpuglass.config import Config
 from gpuglass.gpu_processes import GpuProcesses
+from gpuglass.record_hub import RecordHub
 from gpuglass.store import Store
 
 
@@ -40,6 +41,8 @@ class PartContext:
     """Takes a function that gives states of node features by name, for `gpuglass_agent_capability`."""
     gpu_processes: GpuProcesses = field(default_factory=GpuProcesses)
     """Written by the GPU exporter, read by whoever has to know which process uses which GPU."""
+    records: RecordHub = field(default_factory=RecordHub)
+    """Filled by the receiver of engines' and tracers' records, heard by other parts."""
 
 
 CreatePart = Callable[[PartContext], Part | None]

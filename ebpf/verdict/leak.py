@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ebpf.verdict.floors import BIN_SECONDS, SCALES, Floors
-from ebpf.verdict.trend import FAST, MIN_GROWTH, STRETCHES, Trend, Why, judge
+from ebpf.verdict.trend import FAST, MIN_GROWTH, STRETCHES, Trend, Why, follows_load, judge
 
 LOADING_SECONDS = 7200.0
 """How long a process's first growth counts as loading, if it is fast all the time."""
@@ -148,6 +148,8 @@ class LeakWatch:
                 if isinstance(found, Trend):
                     if drifted:
                         self._open[scale] = Why.DOUBT
+                    elif self._follows_load(found, scale):
+                        self._open[scale] = Why.LOAD
                     elif scale == 0 and found.bend < _SURELY_STRAIGHT and at > self._seconded_until:
                         # Chance makes a bend look straight once; the next minute has to say the same.
                         self._seconded_until = at + 2.5 * BIN_SECONDS
@@ -165,6 +167,11 @@ class LeakWatch:
             self.verdict = Verdict(State.BLIND if why is Why.DOUBT else State.UNKNOWN, why)
         else:
             self.verdict = Verdict(State.BLIND, Why.DOUBT) if drifted else _HEALTHY
+
+    def _follows_load(self, trend: Trend, scale: int) -> bool:
+        return any(
+            follows_load(self._floors.row(longer), trend) for longer in range(scale, min(scale + 4, SCALES))
+        )
 
     def _is_news(self, floors: list[float], scale: int, at: float) -> bool:
         if at > self._ceilings_until:

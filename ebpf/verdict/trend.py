@@ -124,7 +124,7 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
         return Why.FLAT
     if growth < _SCATTER * _Fit(times, filled).scatter or _largest_fall(filled) > _LARGEST_FALL * growth:
         return Why.SMALL
-    if growth < _LOAD_FACTOR * _load_rise(row.work, count) * filled[-1] or _follows_load(row, count):
+    if growth < _LOAD_FACTOR * _load_rise(row.work, count) * filled[-1]:
         return Why.LOAD
     rises = [b - a for a, b in pairwise(lasting)]
     mean = growth / (count - 1)
@@ -260,20 +260,19 @@ def _load_rise(work: Sequence[float], count: int) -> float:
     return max(0.0, late / highest - 1 - 0.5 * math.sqrt(1 / late + 1 / highest))
 
 
-def _follows_load(row: Row, count: int) -> bool:
-    """Whether the load has been rising over the whole row, and memory no more than with it.
+def follows_load(row: Row, trend: Trend) -> bool:
+    """Whether the load has been rising over a whole row, and memory no more than with it.
 
-    The longer time tells what the scatter of counts hides in the stretch alone.
+    A longer time tells what the scatter of counts hides in a stretch alone.
     """
-    third = count // 3
-    if len(row.work) < count + third:
+    third = STRETCHES[0] // 3
+    if len(row.work) < 3 * third:
         return False
     early, late = row.work[third] - row.work[0], row.work[-1] - row.work[-1 - third]
-    if not early > 0 or late > 3 * early:  # unknown, or traffic has only begun
+    if not early > 0 or late > 10 * early:  # unknown, or traffic has only begun
         return False
     rise = late / early - 1 - 2 * math.sqrt(1 / late + 1 / early)
-    growth = row.floors[-1] - row.floors[0]
-    return rise > 0 and growth < _LOAD_FACTOR * rise * row.floors[-1]
+    return rise > 0 and trend.growth < _LOAD_FACTOR * rise * row.floors[-1]
 
 
 def _beginning(row: Row, count: int, line: _Fit, growth: float) -> int | None:

@@ -16,11 +16,13 @@ from exporters.vllm.peers import Peers
 from exporters.vllm.probe_publish import probe_batch
 from exporters.vllm.publish import fast_batch, slow_batch
 from exporters.vllm.receiver import Receiver
+from exporters.vllm.relay import Relay
 from gpuglass.config import Config
 from gpuglass.family import Batch
 from gpuglass.gpu_processes import GpuProcesses
 from gpuglass.logs import LOG
 from gpuglass.part import Part, PartContext
+from gpuglass.record_hub import RecordHub
 from gpuglass.store import Store
 
 FAST_SECONDS = 1.0
@@ -36,11 +38,13 @@ class EnginesPart(Part):
         config: Config,
         store: Store,
         gpu_processes: GpuProcesses,
+        hub: RecordHub | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self.ledger = Ledger(LedgerSettings.of(config.engines), clock=clock_ns)
+        hub = hub if hub is not None else RecordHub()
+        self.ledger = Ledger(LedgerSettings.of(config.engines), hub.policy, clock=clock_ns)
         self._peers = Peers(config, gpu_processes)
-        self.receiver = Receiver(config.engines, self.ledger, self._peers)
+        self.receiver = Receiver(config.engines, Relay(self.ledger, hub), self._peers)
         self._store = store
         self._clock_ns = clock_ns
         self._fast, self._slow, self._probe = Batch(), Batch(), Batch()
@@ -112,6 +116,6 @@ def create(context: PartContext) -> Part | None:
     """Make the part; None if `engines.enabled` is false."""
     if not context.config.engines.enabled:
         return None
-    part = EnginesPart(context.config, context.store, context.gpu_processes)
+    part = EnginesPart(context.config, context.store, context.gpu_processes, context.records)
     context.add_capabilities(part.capabilities)
     return part

@@ -13,7 +13,7 @@ from pathlib import Path
 from exporters.vllm.sink import GpuClaim
 from gpuglass.config import Config, EnginesConfig
 from gpuglass.gpu_processes import GpuProcesses
-from gpuglass.procfs import ProcFs
+from gpuglass.procfs import ProcFs, parse_namespace_pids
 from gpuglass.workload import Workload, WorkloadResolver
 
 CONTAINER_ID_LENGTH = 12
@@ -47,6 +47,7 @@ class Peers:
     def __init__(self, config: Config, gpu_processes: GpuProcesses) -> None:
         kubernetes = config.kubernetes
         procfs = ProcFs(config.proc)
+        self._procfs = procfs
         self.sees_pids = procfs.pid_namespace().is_host
         """Whether pids here are the host's; otherwise nothing is joined by pid."""
         self._gpu_processes = gpu_processes
@@ -58,6 +59,14 @@ class Peers:
             return None
         found = self._resolver.resolve(pid, gpu_uuid)
         return None if found is None else _labels(found[1])
+
+    def sees_host_pids(self, pid: int) -> bool:
+        """Whether a process numbers processes as we do, which is as the host does where we see the host's pids:
+        a root user inside of a container does not."""
+        if not self.sees_pids:
+            return True  # nothing is joined by pid then
+        status = self._procfs.read(pid, "status", 65536)
+        return status is not None and len(parse_namespace_pids(status.decode("utf-8", "replace"))) == 1
 
     def claim(self, gpu_uuid: str, pid: int, seconds: float) -> GpuClaim:
         """What to think of a claim by a process that has been connected for `seconds`."""

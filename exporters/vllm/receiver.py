@@ -444,6 +444,9 @@ class Receiver:
         except Refused as refused:
             self._close(connection, refused.reason)
             return False
+        if hello.role == records.TRACER and not self._may_trace(peer):
+            self._close(connection, Refusal.NOT_ALLOWED)
+            return False
         workload = self._peers.workload(peer.pid, hello.gpu_uuid)
         if not is_allowed(self._config, peer.uid, None if workload is None else workload[0]):
             self._close(connection, Refusal.NOT_ALLOWED)
@@ -471,6 +474,11 @@ class Receiver:
                 *(peer.pid, peer.uid),
             )
         return True
+
+    def _may_trace(self, peer: Peer) -> bool:
+        """Whether to believe a sender that speaks of other processes: by its user, and by the pids that it
+        sees."""
+        return peer.uid in self._config.tracer_uids and self._peers.sees_host_pids(peer.pid)
 
     def _renew(self, connection: Connection, sender: Sender, hello: records.Hello, now_ns: int) -> None:
         """A later `Hello`; raises `Refused` if it names somebody else."""

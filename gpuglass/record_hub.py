@@ -1,0 +1,102 @@
+"""Who else hears what comes over the record stream: the receiver's room and others need not know each other.
+
+The receiver tells each record that it has checked and taken in; rooms that want some kinds of them listen. What a
+request is called in exemplars is asked the other way: whoever keeps the requests answers. Both sides are filled
+in through the `PartContext` when the agent makes its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpuglass.exemplar import ExemplarPolicy, NameByRequest, RequestRef
+from gpuglass.logs import LOG
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A connected sender, as the kernel and its hello tell. A new one is made when any of it changes."""
+
+    number: int
+    """Of the connection; no two in the agent's life are equal."""
+    pid: int
+    """As the kernel says, in the agent's pid namespace; 0 if it cannot be seen from there."""
+    uid: int
+    role: str
+    instance: str
+    """What all processes of one server share."""
+    clock_offset_ns: int
+    """Added to a record's time it gives Unix time."""
+
+
+class Listener(Protocol):
+    """Hears records. Called on the receiver's thread, with its lock held: only note things down, and be quick."""
+
+    def arrived(self, speaker: Speaker) -> None:
+        """Somebody connected, or said something else of itself."""
+
+    def heard(self, speaker: Speaker, record: Any, now_ns: int) -> None:
+        """One record of a kind that was asked for; `now_ns` is CLOCK_MONOTONIC, as are the record's times."""
+
+    def gone(self, speaker: Speaker) -> None:
+        """Its connection ended; the same process may come back."""
+
+
+class RecordHub:
+    """Passes records on. An error of a listener is logged once and kept from the receiver."""
+
+    def __init__(self) -> None:
+        self.policy: ExemplarPolicy = NameByRequest()
+        """How exemplars name a request."""
+        self._find: Callable[[str, str], RequestRef | None] = lambda instance, request_id: None
+        self._listeners: list[Listener] = []
+        self._of_kind: dict[type, list[Listener]] = {}
+        self._failed: set[tuple[str, str]] = set()
+
+    def listen(self, kinds: Iterable[type], listener: Listener) -> None:
+        """Let a listener hear these kinds of records. To be called before the parts start."""
+        self._listeners.append(listener)
+        for kind in kinds:
+            self._of_kind.setdefault(kind, []).append(listener)
+
+    def keeps_requests(self, find: Callable[[str, str], RequestRef | None]) -> None:
+        """Name who knows the open requests: a function of the server's instance and the request's id."""
+        self._find = find
+
+    def request(self, instance: str, request_id: str) -> RequestRef:
+        """What is known of a request; at least its id."""
+        return self._find(instance, request_id) or RequestRef(request_id)
+
+    # For the receiver
+
+    def arrived(self, speaker: Speaker) -> None:
+        """Tell of a sender."""
+        for listener in self._listeners:
+            try:
+                listener.arrived(speaker)
+            except Exception:
+                self._fault(listener, "a sender's arrival")
+
+    def told(self, speaker: Speaker, record: Any, now_ns: int) -> None:
+        """Tell of a record that was taken in."""
+        for listener in self._of_kind.get(type(record), ()):
+            try:
+                listener.heard(speaker, record, now_ns)
+            except Exception:
+                self._fault(listener, type(record).__name__)
+
+    def gone(self, speaker: Speaker) -> None:
+        """Tell of a sender's end."""
+        for listener in self._listeners:
+            try:
+                listener.gone(speaker)
+            except Exception:
+                self._fault(listener, "a sender's end")
+
+    def _fault(self, listener: Listener, what: str) -> None:
+        key = (type(listener).__name__, what)
+        if key not in self._failed:
+            self._failed.add(key)
+            LOG.exception("%s failed over %s; said once", *key)
