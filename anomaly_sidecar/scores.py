@@ -1,7 +1,8 @@
 """Online scores: how unusual is the latest value of each series, from five cheap features.
 
-In flow frames of one query, out flows a score per series that means the same on every one: above 1 it deviates
-more than it does about once in two weeks. All series are scored at once, with O(1) work and memory per sample.
+In flow frames of one query, out flows a score per series that means the same on every one: above 1 it
+deviates more than it does about once in two weeks. All series are scored at once, with O(1) work and memory
+per sample.
 
 Features (signed deviations, in the series' unit):
 
@@ -13,10 +14,11 @@ Features (signed deviations, in the series' unit):
 | short | mean of 3 hours against the mean of 2 days |
 | long | mean of 12 hours against the mean of 7 days |
 
-Each is divided by its own return level: the size that it exceeds once in `return_period`, an order statistic of
-its maxima in blocks of 6 hours over 4 weeks (block maxima, as in extreme value theory). A block counts from its
-end on, so that an anomaly does not hide itself while it lasts, and one long anomaly is a few blocks, not
-thousands of samples. The ratios are combined by an 8-norm, close to the maximum but higher where they agree.
+Each is divided by its own return level: the size that it exceeds once in `return_period`, an order statistic
+of its maxima in blocks of 6 hours over 4 weeks (block maxima, as in extreme value theory). A block counts
+from its end on, so that an anomaly does not hide itself while it lasts, and one long anomaly is a few
+blocks, not thousands of samples. The ratios are combined by an 8-norm, close to the maximum but higher where
+they agree.
 """
 
 from __future__ import annotations
@@ -201,17 +203,18 @@ class Scores:
         largest = np.where(np.isnan(size), 0.0, size).max(0)
         score = np.where(largest <= floor, np.minimum(score, 1.0), score)
         ready = ok & (elapsed >= t.warm_up) & np.isfinite(a["usual"]).any(0)
-        a["score"] = np.where(ready, score, np.nan)
+        scores: FloatArray = np.where(ready, score, np.nan)
+        a["score"] = scores
         a["expected"] = np.where(ok, expected, np.nan)
         a["deviation"], a["ratio"] = deviation, ratio
 
         self._update_blocks(at, ok, size)
-        return a["score"]
+        return scores
 
     def _deviations(
         self, x: FloatArray, at: FloatArray, ok: NDArray[np.bool_], dt: FloatArray, rows: RowArray
     ) -> tuple[FloatArray, FloatArray]:
-        """Expected value, shape (rows,), and deviations, shape (features, rows); updates what they are from."""
+        """Expected value, shape (rows,), and deviations, shape (features, rows); updates their sources."""
         a, t = self._a, self.tuning
         day, day_weight, week, week_weight = a["day"], a["day_weight"], a["week"], a["week_weight"]
         share = np.minimum(dt / _SLOT, 1.0)
@@ -275,7 +278,7 @@ class Scores:
     def _median(self, x: FloatArray, ok: NDArray[np.bool_], dt: FloatArray) -> FloatArray:
         """Deviation from the running median, a tracker whose steps are bounded by the usual deviation."""
         a = self._a
-        error = x - a["median"]
+        error: FloatArray = x - a["median"]
         known = ok & np.isfinite(error)
         rate = 1 - np.exp(-dt / (self.tuning.median_days * DAY))
         young = a["median_weight"] < 0.1
@@ -367,9 +370,10 @@ class Scores:
         ]
         return sorted(reasons, key=lambda reason: -np.nan_to_num(reason.ratio, nan=-1.0))
 
-    def expected(self, row: int) -> float:
-        """Value that was expected at the latest frame."""
-        return float(self._a["expected"][row])
+    def expected_values(self) -> FloatArray:
+        """Values that were expected at the latest frame, shape (rows,)."""
+        expected: FloatArray = self._a["expected"]
+        return expected
 
     # State
 

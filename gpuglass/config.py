@@ -23,12 +23,12 @@ from gpuglass.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
 
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)\Z")
-_DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)\Z")
+_DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Seconds(float):
-    """A duration in seconds, written as a number of seconds or as 500ms, 1s, 2m, 1h."""
+    """A duration in seconds, written as a number of seconds or as 500ms, 1s, 2m, 1h, 7d."""
 
     @classmethod
     def parse(cls, value: object) -> Seconds:

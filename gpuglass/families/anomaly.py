@@ -68,3 +68,100 @@ FORECAST = _of_series(
     "quantile",
     absent="The forecast has not seen enough samples yet.",
 )
+
+# The sidecar itself
+
+_NOT_YET = "It was not evaluated since the sidecar started."
+_NO_STATE = "No folder for state is configured, or nothing was written yet."
+
+BUILD_INFO = _own("build_info", Kind.INFO, "Version of the sidecar.", "version", "python")
+START_TIME = _own(
+    "start_timestamp_seconds", Kind.GAUGE, "Unix time at which the sidecar started.", unit="seconds"
+)
+EVALUATIONS = _own(
+    "evaluations_total",
+    Kind.COUNTER,
+    "Evaluations of a query or detector by result: ok, partial (the server left something out), failed or "
+    "skipped (the cycle before took too long).",
+    "query",
+    "result",
+    absent=_NOT_YET,
+)
+LAST_EVALUATION = _own(
+    "last_evaluation_timestamp_seconds",
+    Kind.GAUGE,
+    "Unix time that the latest successful evaluation is about. What is published is as old as this.",
+    "query",
+    unit="seconds",
+    absent=_NOT_YET,
+)
+STAGE_SECONDS = _own(
+    "stage_seconds_total",
+    Kind.COUNTER,
+    "Time spent by stage: read (waiting for the server and parsing), join, analyze, publish, snapshot.",
+    "query",
+    "stage",
+    absent=_NOT_YET,
+)
+SAMPLES = _own("samples_total", Kind.COUNTER, "Samples taken in, history included.", "query", absent=_NOT_YET)
+READ_BYTES = _own(
+    "read_bytes_total", Kind.COUNTER, "Bytes of the server's answers.", "query", absent=_NOT_YET
+)
+SERIES = _own("series", Kind.GAUGE, "Series that are known by query.", "query", absent=_NOT_YET)
+SERIES_CHANGES = _own(
+    "series_changes_total",
+    Kind.COUNTER,
+    "Series by what happened: admitted, evicted (gone for longer than state.ttl, or made room), refused "
+    "(beyond the limit), ambiguous (two samples of one series in an answer).",
+    "query",
+    "change",
+    absent=_NOT_YET,
+)
+COLLISIONS = _own(
+    "label_collisions",
+    Kind.GAUGE,
+    "Series not published because another one has the same labels after renaming.",
+    "query",
+    absent=_NOT_YET,
+)
+BACKFILLED = _own(
+    "backfilled_samples_total",
+    Kind.COUNTER,
+    "Samples read by range queries: history at the start, and gaps after outages.",
+    "query",
+    absent=_NOT_YET,
+)
+CLOCK_OFFSET = _own(
+    "clock_offset_seconds",
+    Kind.GAUGE,
+    "This machine's clock minus the server's. Evaluations follow the server's.",
+    unit="seconds",
+    absent="The server did not answer yet.",
+)
+CLOCK_JUMPS = _own(
+    "clock_jumps_total", Kind.COUNTER, "Times that a clock jumped, this machine's or the server's."
+)
+SNAPSHOT_TIME = _own(
+    "snapshot_timestamp_seconds",
+    Kind.GAUGE,
+    "Unix time of the latest state on disk.",
+    unit="seconds",
+    absent=_NO_STATE,
+)
+SNAPSHOT_BYTES = _own(
+    "snapshot_size_bytes", Kind.GAUGE, "Size of the latest state on disk.", unit="bytes", absent=_NO_STATE
+)
+SNAPSHOT_FAILURES = _own("snapshot_failures_total", Kind.COUNTER, "States that could not be written.")
+RESTORED = _own(
+    "state_restored",
+    Kind.GAUGE,
+    "1 if the query started with the state on disk, with the outcome: latest, previous (the latest was "
+    "broken), new (none there), changed (the configuration differs) or damaged.",
+    "query",
+    "outcome",
+    absent=_NOT_YET,
+)
+WORKER_JOBS = _own("worker_jobs_total", Kind.COUNTER, "Fits done by worker processes, by result.", "result")
+WORKER_PENDING = _own("worker_jobs_pending", Kind.GAUGE, "Fits that wait or run.")
+CPU = _own("cpu_seconds_total", Kind.COUNTER, "CPU time of the sidecar without its workers.", unit="seconds")
+MEMORY = _own("resident_memory_bytes", Kind.GAUGE, "Memory of the sidecar that is resident.", unit="bytes")

@@ -1,0 +1,126 @@
+"""Ready queries for the pack's own series, dcgm-exporter and vLLM.
+
+Floors say what is too small to matter: they are in the unit of the series, and the reason stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gpuglass.families import engine, gpu
+
+
+def _query(name: str, expr: str, **settings: Any) -> dict[str, Any]:
+    return {"name": name, "expr": expr, **settings}
+
+
+GIB = float(1 << 30)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "gpu": {
+        "queries": (
+            _query(
+                "gpu_power",
+                f"max by (gpu_uuid) (avg_over_time({gpu.POWER.name}[2m]))",
+                min_deviation=30.0,  # a card's idle power alone moves by some watts
+            ),
+            _query(
+                "gpu_temperature",
+                f'max by (gpu_uuid) ({gpu.TEMPERATURE.name}{{sensor="gpu"}})',
+                direction="above",
+                min_deviation=3.0,
+                valid=[-20, 150],
+            ),
+            _query(
+                "gpu_memory_used",
+                f"max by (gpu_uuid) ({gpu.MEMORY_USED.name})",
+                min_deviation=GIB,  # fragments and contexts
+            ),
+            _query(
+                "gpu_sm_active",
+                f"max by (gpu_uuid) (avg_over_time({gpu.SM_ACTIVE.name}[2m]))",
+                min_deviation=0.1,
+                valid=[0, 1],
+            ),
+            _query(
+                "gpu_pcie_receive",
+                f"max by (gpu_uuid) (rate({gpu.PCIE_RX.name}[5m]))",
+                direction="above",
+                min_deviation=5e8,
+            ),
+        )
+    },
+    "engine": {
+        "queries": (
+            _query(
+                "kv_used",
+                f"max by (model_name, engine) ({engine.KV_USED_BLOCKS.name} / {engine.KV_POOL_BLOCKS.name})",
+                min_deviation=0.1,
+                valid=[0, 1],
+            ),
+        )
+    },
+    "dcgm": {
+        "queries": (
+            _query(
+                "dcgm_power", "max by (UUID) (avg_over_time(DCGM_FI_DEV_POWER_USAGE[2m]))", min_deviation=30.0
+            ),
+            _query(
+                "dcgm_temperature",
+                "max by (UUID) (DCGM_FI_DEV_GPU_TEMP)",
+                direction="above",
+                min_deviation=3.0,
+                valid=[-20, 150],
+            ),
+            # Framebuffer sizes are in MiB.
+            _query("dcgm_memory_used", "max by (UUID) (DCGM_FI_DEV_FB_USED)", min_deviation=1024.0),
+            _query(
+                "dcgm_sm_active",
+                "max by (UUID) (avg_over_time(DCGM_FI_PROF_SM_ACTIVE[2m]))",
+                min_deviation=0.1,
+                valid=[0, 1],
+            ),
+        )
+    },
+    "vllm": {
+        "queries": (
+            _query(
+                "vllm_tokens",
+                "sum by (model_name) (rate(vllm:generation_tokens_total[5m]))",
+                min_deviation=10.0,
+            ),
+            _query(
+                "vllm_requests",
+                "sum by (model_name) (rate(vllm:request_success_total[5m]))",
+                min_deviation=0.1,
+            ),
+            _query(
+                "vllm_waiting",
+                "sum by (model_name) (vllm:num_requests_waiting)",
+                direction="above",
+                min_deviation=5.0,
+            ),
+            _query(
+                "vllm_kv_used",
+                "max by (model_name) (vllm:kv_cache_usage_perc or vllm:gpu_cache_usage_perc)",
+                min_deviation=0.1,
+                valid=[0, 1],
+            ),
+            _query(
+                "vllm_first_token",
+                "sum by (model_name) (rate(vllm:time_to_first_token_seconds_sum[5m]))"
+                " / (sum by (model_name) (rate(vllm:time_to_first_token_seconds_count[5m])) > 0)",
+                direction="above",
+                min_deviation=0.1,
+            ),
+            _query(
+                "vllm_preemptions",
+                "sum by (model_name) (rate(vllm:num_preemptions_total[5m]))",
+                direction="above",
+                min_deviation=0.05,
+            ),
+        )
+    },
+}
+"""Sections of a configuration by name."""
