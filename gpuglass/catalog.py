@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import MappingProxyType, ModuleType
 
-from gpuglass.families import agent, anomaly, engine, gpu, probe
+from gpuglass.families import agent, anomaly, cuda, engine, gpu, probe
 from gpuglass.family import CatalogError, Family, Owner
 
-MODULES: tuple[ModuleType, ...] = (gpu, engine, probe, anomaly, agent)
+MODULES: tuple[ModuleType, ...] = (gpu, engine, probe, cuda, anomaly, agent)
 
 
 def _declared(module: ModuleType) -> Iterator[Family]:

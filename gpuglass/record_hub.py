@@ -1,8 +1,8 @@
 """Who else hears what comes over the record stream: the receiver's room and others need not know each other.
 
-The receiver tells each record that it has checked and taken in; rooms that want some kinds of them listen. What a
-request is called in exemplars is asked the other way: whoever keeps the requests answers. Both sides are filled
-in through the `PartContext` when the agent makes its parts.
+The receiver tells each record that it has checked and taken in; rooms that want some kinds of them listen.
+What a request is called in exemplars is asked the other way: whoever keeps the requests answers. Both sides
+are filled in through the `PartContext` when the agent makes its parts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,32 @@ class Speaker:
     """Added to a record's time it gives Unix time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """An allocation of CUDA memory, joined with what ran then. Told to listeners like a record, but on the
+    thread of whoever joined it. Times are CLOCK_MONOTONIC nanoseconds."""
+
+    begin_ns: int
+    at: int
+    pid: int
+    tid: int
+    function: str
+    kind: str
+    bytes: int
+    code: int
+    """CUresult; 0 is success."""
+    frames: tuple[str, ...]
+    """The stack, innermost first; empty: unknown."""
+    link: str
+    """exact, temporal or none."""
+    step: int
+    """Number of the step in the worker; -1: unknown."""
+    batch: tuple[tuple[str, int], ...]
+    """Requests of the step and their scheduled tokens, most first."""
+
+
 class Listener(Protocol):
-    """Hears records. Called on the receiver's thread, with its lock held: only note things down, and be quick."""
+    """Hears records. Called on the receiver's thread with its lock held: note things down, and be quick."""
 
     def arrived(self, speaker: Speaker) -> None:
         """Somebody connected, or said something else of itself."""

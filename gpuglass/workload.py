@@ -21,6 +21,9 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from gpuglass.procfs import Process, ProcFs
 
+CONTAINER_ID_LENGTH = 12
+"""Characters of a container id in labels."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -47,6 +50,13 @@ class Workload:
     @property
     def is_pod(self) -> bool:
         return self.pod != ""
+
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        """Namespace, pod and container as labels; a container outside of Kubernetes by the beginning of its
+        id."""
+        container = self.container or ("" if self.is_pod else self.container_id[:CONTAINER_ID_LENGTH])
+        return self.namespace, self.pod, container
 
     @property
     def is_named(self) -> bool:

@@ -1,9 +1,9 @@
 """The verdict on one kind of memory of one process, over time.
 
-Each complete minute the shortest stretches of the history are judged, longer ones as their intervals complete.
-One steady growth among them is a suspicion; it stands until the memory is given back or growth has stopped for
-as long as the evidence took. What was given back is remembered as a ceiling: until growth exceeds it, the same
-rise is no news (a sawtooth accuses nobody twice).
+Each complete minute the shortest stretches of the history are judged, longer ones as their intervals
+complete. One steady growth among them is a suspicion; it stands until the memory is given back or growth
+has stopped for as long as the evidence took. What was given back is remembered as a ceiling: until growth
+exceeds it, the same rise is no news (a sawtooth accuses nobody twice).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ In flows a `Row`, out flows a `Trend` or the reason why it is none. Growth is ca
   the same pace: a curve that has been bending all along looks straight in every short piece;
 - not explained by more work: growth while more requests per second are served than ever before is load.
 
-A leak per request bends with the load; so where requests are known, the same is tried against requests served.
+A leak per request bends with the load; so where requests are known, the same is tried against requests
+served.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ _CUT = 3.0
 _SCATTER = 6.0
 """Growth must be so many times the scatter around the line."""
 _LEAST_BEND = (0.9, 0.96)
-"""Pace of the second half ÷ the first below which growth slows down: the lower where the scatter is large, the
-upper where a small bend would be seen."""
+"""Pace of the second half ÷ the first below which growth slows down: the lower where the scatter is large,
+the upper where a small bend would be seen."""
 _MOST_BEND = 1.35
 """Growth that becomes faster all the time is load that rises, or chance."""
 _BEND_SIGMAS = 2.5
@@ -183,8 +184,8 @@ def _slows(floors: Sequence[float]) -> bool:
 
 
 def _lasting(floors: Sequence[float]) -> list[float]:
-    """What of each floor was still there at the end: the least of it and all later ones. Single floors far above
-    the others' line are cut: in that interval no sample was without something temporary."""
+    """What of each floor was still there at the end: the least of it and all later ones. Single floors far
+    above the others' line are cut: in that interval no sample was without something temporary."""
     if len(floors) < 3:
         return list(floors)
     rise = sorted(b - a for a, b in pairwise(floors))[(len(floors) - 1) // 2]
@@ -246,8 +247,8 @@ class _Fit:
 
 
 def _load_rise(work: Sequence[float], count: int) -> float:
-    """By how much more requests were served in the last third of a stretch than in any time as long before, as a
-    share; 0 where that is within what counts scatter, or unknown."""
+    """By how much more requests were served in the last third of a stretch than in any time as long before,
+    as a share; 0 where that is within what counts scatter, or unknown."""
     third = count // 3
     late = work[-1] - work[-1 - third]
     before = [work[i] - work[i - third] for i in range(third, len(work) - third)]
@@ -279,8 +280,8 @@ def _beginning(row: Row, count: int, line: _Fit, growth: float) -> int | None:
     """How many intervals before the stretch the line still fits; None if growth bends there instead of
     beginning.
 
-    The line is drawn on into the past. Where the floors leave it, the pace before tells what they came from: a
-    plateau, a fall or a step (a beginning), or a growth somewhat faster (a bend).
+    The line is drawn on into the past. Where the floors leave it, the pace before tells what they came
+    from: a plateau, a fall or a step (a beginning), or a growth somewhat faster (a bend).
     """
     older = row.floors[: len(row.floors) - count]
     stretch = [floor for floor in row.floors[-count:] if floor == floor]

@@ -14,10 +14,7 @@ from exporters.vllm.sink import GpuClaim
 from gpuglass.config import Config, EnginesConfig
 from gpuglass.gpu_processes import GpuProcesses
 from gpuglass.procfs import ProcFs, parse_namespace_pids
-from gpuglass.workload import Workload, WorkloadResolver
-
-CONTAINER_ID_LENGTH = 12
-"""Characters of a container id in labels, as the GPU families have it."""
+from gpuglass.workload import WorkloadResolver
 
 PENDING_SECONDS = 60.0
 """How long a process may be missing in the driver's lists, which are read each slow interval, before its
@@ -58,11 +55,11 @@ class Peers:
         if not self.sees_pids or pid <= 0:
             return None
         found = self._resolver.resolve(pid, gpu_uuid)
-        return None if found is None else _labels(found[1])
+        return None if found is None else found[1].labels
 
     def sees_host_pids(self, pid: int) -> bool:
-        """Whether a process numbers processes as we do, which is as the host does where we see the host's pids:
-        a root user inside of a container does not."""
+        """Whether a process numbers processes as we do, which is as the host does where we see the host's
+        pids: a root user inside of a container does not."""
         if not self.sees_pids:
             return True  # nothing is joined by pid then
         status = self._procfs.read(pid, "status", 65536)
@@ -105,8 +102,3 @@ def is_allowed(config: EnginesConfig, uid: int, namespace: str | None) -> bool:
     return not patterns or (
         bool(namespace) and any(fnmatch.fnmatchcase(namespace or "", pattern) for pattern in patterns)
     )
-
-
-def _labels(workload: Workload) -> tuple[str, str, str]:
-    container = workload.container or ("" if workload.is_pod else workload.container_id[:CONTAINER_ID_LENGTH])
-    return workload.namespace, workload.pod, container

@@ -1,8 +1,8 @@
 """How processes use CUDA memory: scripted behaviours, leaking and healthy, each with any number of variants.
 
-A behaviour is made from a random generator, which draws its sizes, rates and times. `watch` plays one in simulated
-time through the verdict code, with jitter of the reports, missed reports, calls that the tracer lost, noise of
-what is allocated for a moment.
+A behaviour is made from a random generator, which draws its sizes, rates and times. `watch` plays one in
+simulated time through the verdict code, with jitter of the reports, missed reports, calls that the tracer
+lost, noise of what is allocated for a moment.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def watch(behaviour: Behaviour, rng: random.Random, missing: float = 0.1, lost: 
 
 
 def load(rng: random.Random) -> tuple[Level, float]:
-    """Loading and warm-up of an engine, and how long they take: weights, a profile run, the KV pool, graphs."""
+    """Loading and warm-up of an engine, and how long they take: weights, a profile run, the KV pool,
+    graphs."""
     weights, pool = rng.uniform(2, 40) * GIB, rng.uniform(5, 30) * GIB
     seconds = rng.uniform(30, 420)
     graphs, capture = rng.uniform(0.2, 3) * GIB, rng.uniform(20, 120)
@@ -339,7 +340,8 @@ LEAKING: tuple[Callable[[random.Random], Behaviour], ...] = (
 def _healthy(rng: random.Random, extra: Callable[[float], Level] | None = None, **more: object) -> Behaviour:
     base, warm = load(rng)
     other = extra(warm) if extra is not None else lambda t: 0.0
-    return Behaviour(lambda t: base(t) + other(t), hours=rng.choice([3, 8, 26]), **more)  # type: ignore[arg-type]
+    level: Level = lambda t: base(t) + other(t)  # noqa: E731
+    return Behaviour(level, hours=rng.choice([3, 8, 26]), **more)  # type: ignore[arg-type]
 
 
 def loading_and_serving(rng: random.Random) -> Behaviour:
@@ -486,7 +488,7 @@ def kv_offload_to_host_memory(rng: random.Random) -> Behaviour:
 
 def restarts(rng: random.Random) -> Behaviour:
     """It crashes and loads again, under the same pid."""
-    base, warm = load(rng)
+    base, _ = load(rng)
     times = sorted(rng.uniform(0.3, 8) * HOUR for _ in range(rng.randint(1, 6)))
 
     def live(t: float) -> float:
