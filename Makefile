@@ -8,7 +8,7 @@ SECONDS ?=
 QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint generated check-generated bench fresh-machine clean
+.PHONY: help bpf demo test lint generated check-generated bench fresh-machine clean
 
 # The commands that keep committed generated files up to date, one a line; $(1) is --write, or --check, which writes
 # nothing and fails if a file differs.
@@ -38,6 +38,14 @@ generated: .venv/.demo  ## writes the generated files anew
 
 check-generated: .venv/.demo  ## fails if a generated file differs from what would be written
 	$(call GENERATORS,--check)
+
+bpf: ebpf/program/trace.x86_64.o ebpf/program/trace.aarch64.o  ## compiles the CUDA tracer's program (needs clang, llvm, libbpf-dev, linux-libc-dev)
+
+ebpf/program/trace.%.o: ebpf/program/trace.c ebpf/program/layout.h ebpf/program/dialect.h
+	@command -v clang >/dev/null && command -v llvm-strip >/dev/null || { echo 'clang or llvm-strip not found: apt-get install clang llvm libbpf-dev' >&2; exit 1; }
+	@clang -O2 -g -target bpf -DTARGET_$(shell echo $* | tr a-z A-Z) -Wall -Wextra -Werror -Wno-unused-parameter \
+		-I/usr/include/$$(uname -m)-linux-gnu -c $< -o $@.new
+	@llvm-strip -g $@.new && mv $@.new $@
 
 bench: .venv/.test  ## runs all benchmarks (QUICK=1: each under a minute) and prints a table
 	@$(BIN)/python -m tests.support.bench $(if $(QUICK),--quick)

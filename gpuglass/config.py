@@ -256,6 +256,50 @@ class EnginesConfig(_Section, frozen=True):
             raise ValueError(f"socket: must be an absolute path, is {_shown(self.socket)}")
 
 
+class TracerConfig(_Section, frozen=True):
+    """The CUDA memory tracer, a process of its own (`gpuglass cuda-tracer`). The agent takes nothing of it."""
+
+    listen: str = "127.0.0.1:9956"
+    loader: Literal["auto", "core", "bcc"] = "auto"
+    """core: the prebuilt object through libbpf; bcc: compiles on the node; auto: core, else bcc."""
+    object: str = ""
+    """The prebuilt object; empty: the one that `make bpf` puts beside the source."""
+    allow: tuple[str, ...] = ("x86_64 *",)
+    """Patterns of `ARCHITECTURE KERNEL` on which it may run."""
+    budget: float = 0.01
+    """Share of a core that tracing may take per traced process; above it all probes are taken off. 0: no limit."""
+    runtime: bool = False
+    """Trace libcudart, too, as a ledger of its own. All that it shows passes through libcuda as well."""
+    contexts: bool = True
+    """Trace which context is current, which tells the GPU of an allocation where a process uses several."""
+    launches: Literal["off", "graphs", "all"] = "off"
+    """Count launches of graphs, or of kernels as well, which costs about a microsecond each."""
+    namespaces: tuple[str, ...] = ()
+    """Patterns of the Kubernetes namespaces to trace; empty: all, and processes outside of pods."""
+    large_bytes: int = 64 << 20
+    """Allocations of this size on are told to the agent one by one."""
+    samples_per_second: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 10
+    """Other allocations that are told, at most."""
+    live_entries: Annotated[int, msgspec.Meta(ge=1024, le=1 << 22)] = 1 << 18
+    """Live allocations that are kept, of all processes; each takes about 120 bytes in the kernel."""
+    processes: Count = 64
+    """Processes with series of their own; further ones are summed into process="other"."""
+    interval: Seconds = Seconds(5)
+    """How often the kernel's sums are read."""
+    reconcile_interval: Seconds = Seconds(15)
+    """How often the ledger is compared with the driver's figures and told to the agent."""
+    socket: str = "/run/gpuglass/agent.sock"
+    """The agent's socket; empty: tell no agent."""
+
+    def __post_init__(self) -> None:
+        _within("interval", self.interval, 0.1, 300)
+        _within("reconcile_interval", self.reconcile_interval, 0.1, 600)
+        if not 0 <= self.budget <= 1:
+            raise ValueError(f"budget: must be between 0 and 1 cores, is {self.budget:g}")
+        if self.large_bytes < 1:
+            raise ValueError(f"large_bytes: must be at least 1, is {self.large_bytes}")
+
+
 class Config(_Section, frozen=True):
     """The whole configuration of the agent."""
 
@@ -264,6 +308,7 @@ class Config(_Section, frozen=True):
     gpu: GpuConfig = GpuConfig()
     engines: EnginesConfig = EnginesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
+    tracer: TracerConfig = TracerConfig()
     proc: str = "/proc"
     """Where the host's /proc is seen."""
 

@@ -18,7 +18,10 @@ PROGRAM = Path(__file__).parents[1] / "program"
 SOURCE = PROGRAM / "trace.c"
 
 LoaderName = Literal["core", "bcc"]
-RAW_TRACEPOINTS: Mapping[str, str] = {"thread_exit": "sched_process_exit", "program_exec": "sched_process_exec"}
+RAW_TRACEPOINTS: Mapping[str, str] = {
+    "thread_exit": "sched_process_exit",
+    "program_exec": "sched_process_exec",
+}
 """Programs that run at a tracepoint; all others are probes of functions."""
 
 

@@ -71,7 +71,9 @@ def _reason(code: int) -> str:
     return os.strerror(abs(code))
 
 
-def load(object_file: Path, maps: Mapping[str, int], wanted: frozenset[str], library: str = LIBRARY) -> Loaded:
+def load(
+    object_file: Path, maps: Mapping[str, int], wanted: frozenset[str], library: str = LIBRARY
+) -> Loaded:
     """Load the programs of `object_file` that are wanted; raises `LoaderError`."""
     if not object_file.is_file():
         raise LoaderError(f"{object_file} is not there: build it with `make bpf`, or use --loader bcc")
@@ -84,7 +86,9 @@ def load(object_file: Path, maps: Mapping[str, int], wanted: frozenset[str], lib
         for name, fd in maps.items():
             found = libbpf.bpf_object__find_map_by_name(opened, f"{name}_map".encode())
             if not found:
-                raise LoaderError(f"{object_file}: has no map {name}: it is of another version, run `make bpf`")
+                raise LoaderError(
+                    f"{object_file}: has no map {name}: it is of another version, run `make bpf`"
+                )
             if error := libbpf.bpf_map__reuse_fd(found, fd):
                 raise LoaderError(f"{object_file}: map {name}: {_reason(error)}")
         programs = _programs(libbpf, opened)
@@ -121,7 +125,9 @@ def _refusal(object_file: Path, error: int) -> str:
 
 def _verdict() -> str:
     """The verifier's last words, from what libbpf printed."""
-    lines = [line for text in _said for line in text.splitlines() if line and not line.startswith("processed ")]
+    lines = [
+        line for text in _said for line in text.splitlines() if line and not line.startswith("processed ")
+    ]
     return " / ".join(line.strip() for line in lines[-8:])[-400:]
 
 

@@ -52,7 +52,7 @@ enum loss {
   LOSSES = HELD_BACK + EVENT_TYPES,
 };
 
-#define SIZE_SLOTS 40    /* by power of two: slot n holds sizes from 2^n to 2^(n+1)-1, the last one all above */
+#define SIZE_SLOTS 40    /* by power of two: slot n holds sizes above 2^(n-1) up to 2^n, the last one all above */
 #define LATENCY_SLOTS 34 /* nanoseconds, likewise */
 #define CONTEXT_DEPTH 8
 #define UNMAP_LIMIT 32

@@ -452,10 +452,10 @@ INLINE void allocated(void *ctx, struct call *call, __u64 who, __u8 layer, __u64
   ADD(totals->allocated_bytes, fresh.size);
   ADD(totals->allocations, 1);
   ADD(totals->allocate_ns, ns);
-  __u32 slot = log2_slot(fresh.size, SIZE_SLOTS);
+  __u32 slot = log2_slot((fresh.size - 1) << 1 | 1, SIZE_SLOTS);
   if (slot < SIZE_SLOTS)
     ADD(totals->sizes[slot], 1);
-  slot = log2_slot(ns, LATENCY_SLOTS);
+  slot = log2_slot((ns - 1) << 1 | 1, LATENCY_SLOTS);
   if (slot < LATENCY_SLOTS)
     ADD(totals->latencies[slot], 1);
   if (STORE(live, &key, &fresh)) {

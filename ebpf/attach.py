@@ -1,0 +1,220 @@
+"""Which libraries are probed: one attachment per file, whatever paths and containers lead to it.
+
+A file is known by inode number, size and times, not by device: seen through overlayfs a file has its own inode number
+and times but the overlay's device, and the kernel puts probes on the file below. So two containers that share a layer
+are probed once. Two ordinary file systems with equal numbers are still told apart by their devices.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ebpf import elf, kernel
+from ebpf.layout import Layer
+from ebpf.symbols import Point, points
+from gpuglass.logs import LOG
+
+LIBRARY_NAME: Mapping[Layer, re.Pattern[str]] = {
+    Layer.DRIVER: re.compile(r"libcuda\.so(\.[0-9.]+)?\Z"),
+    Layer.RUNTIME: re.compile(r"libcudart(-[0-9a-f]+)?\.so(\.[0-9.]+)?\Z"),
+}
+PREFIXES: Mapping[Layer, bytes] = {Layer.DRIVER: b"cu", Layer.RUNTIME: b"cuda"}
+MAX_LIBRARIES = 64
+"""Files probed at a time; each has some 70 probes."""
+
+_OVERLAYFS = 0x794C7630
+_INODE_BITS = (1 << 48) - 1
+"""With xino an overlay marks the layer in the highest bits."""
+
+
+def layer_of(name: str) -> Layer | None:
+    """Which library a file name is of."""
+    return next((layer for layer, pattern in LIBRARY_NAME.items() if pattern.match(name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class FileId:
+    """What a file is known by."""
+
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+def identify(fd: int) -> tuple[FileId, int]:
+    """A file's identity, and the device of its file system; 0 on an overlay, whose device says nothing."""
+    status = os.fstat(fd)
+    try:
+        is_overlay = _file_system(fd) == _OVERLAYFS
+    except OSError:
+        is_overlay = False
+    name = FileId(status.st_ino & _INODE_BITS, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return name, 0 if is_overlay else status.st_dev
+
+
+def _file_system(fd: int) -> int:
+    """f_type of statfs(2), which Python's statvfs leaves out."""
+    import ctypes
+
+    buffer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, buffer):
+        raise OSError(ctypes.get_errno(), "fstatfs")
+    return int.from_bytes(buffer.raw[:4], "little")
+
+
+@dataclass(slots=True)
+class Attachment:
+    """A probed library."""
+
+    file: FileId
+    device: int
+    layer: Layer
+    path: str
+    """As it was found; for people."""
+    attached_ns: int
+    """CLOCK_MONOTONIC, once all probes were on."""
+    attached_boot: float
+    """Seconds since boot at that moment, as /proc counts processes' starts."""
+    unknown: tuple[str, ...] = ()
+    """Exported versions of known functions that this tracer does not know."""
+    probes: dict[str, list[int]] = field(default_factory=dict)
+    """Descriptors by group."""
+    seen: float = 0.0
+    """When a process was last seen with it, on the monotonic clock."""
+    standing: bool = False
+    """The host's own: kept whether or not a process uses it."""
+
+    @property
+    def count(self) -> int:
+        """Probes that are on."""
+        return sum(map(len, self.probes.values()))
+
+
+class Attacher:
+    """Puts probes on and takes them off. Used by one thread."""
+
+    def __init__(self, programs: Mapping[str, int], groups: frozenset[str], layers: frozenset[Layer]) -> None:
+        self._programs = programs
+        self._groups = groups
+        self.layers = layers
+        self._kind = kernel.uprobe_type()
+        self.attached: dict[FileId, list[Attachment]] = {}
+        self.refused: dict[FileId, str] = {}
+        """Files that cannot be probed, and why; not tried again."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.attached.values()))
+
+    def all(self) -> list[Attachment]:
+        """All attachments."""
+        return [one for several in self.attached.values() for one in several]
+
+    def probe(self, path: str, layer: Layer, shown: str, standing: bool = False) -> Attachment | None:
+        """Probe the file behind a path unless it is probed already; None if it cannot be."""
+        if layer not in self.layers:
+            return None
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            name, device = identify(fd)
+            for known in self.attached.get(name, []):
+                if known.device == device or not known.device or not device:
+                    known.seen = time.monotonic()
+                    known.standing |= standing
+                    return known
+            if name in self.refused:
+                return None
+            return self._attach(fd, name, device, layer, shown, standing)
+        finally:
+            os.close(fd)
+
+    def _attach(
+        self, fd: int, name: FileId, device: int, layer: Layer, shown: str, standing: bool
+    ) -> Attachment | None:
+        if len(self) >= MAX_LIBRARIES:
+            LOG.warning("%s is not traced: %d libraries are, which is the most", shown, MAX_LIBRARIES)
+            return None
+        try:
+            library = elf.read(fd, (PREFIXES[layer],))
+            wanted, unknown = points(library.functions, layer, self._groups)
+            if not wanted:
+                raise elf.ElfError("exports none of the functions that are traced")
+            probes = self._open(fd, wanted)
+        except (elf.ElfError, OSError) as error:
+            LOG.warning("%s is not traced: %s", shown, error)
+            if len(self.refused) < 1024:
+                self.refused[name] = str(error)
+            return None
+        attachment = Attachment(
+            *(name, device, layer, shown, time.monotonic_ns(), time.clock_gettime(time.CLOCK_BOOTTIME)),
+            *(tuple(unknown), probes, time.monotonic(), standing),
+        )
+        self.attached.setdefault(name, []).append(attachment)
+        LOG.info("tracing %s: %d probes", shown, attachment.count)
+        for symbol in unknown:
+            LOG.warning("%s exports %s, which is not known and not traced", shown, symbol)
+        return attachment
+
+    def _open(self, fd: int, wanted: list[Point]) -> dict[str, list[int]]:
+        # By descriptor, so that it is the file that was read, whatever its path leads to by now. All returns before
+        # any entry: an entry without its return would be a call that never ends.
+        path = f"/proc/self/fd/{fd}"
+        probes: dict[str, list[int]] = {}
+        try:
+            for at_return in (True, False):
+                for point in wanted:
+                    name = point.probe.leave if at_return else point.probe.entry
+                    if name:
+                        opened = kernel.attach_uprobe(
+                            self._programs[name], path, point.offset, at_return, self._kind
+                        )
+                        probes.setdefault(point.group, []).append(opened)
+        except OSError:
+            _close(probes)
+            raise
+        return probes
+
+    def detach(self, attachment: Attachment) -> None:
+        """Take a library's probes off."""
+        _close(attachment.probes)
+        several = self.attached[attachment.file]
+        several.remove(attachment)
+        if not several:
+            del self.attached[attachment.file]
+
+    def detach_group(self, group: str) -> int:
+        """Take one group's probes off everywhere, and put none on from now on; gives how many there were."""
+        self._groups -= {group}
+        gone = 0
+        for attachment in self.all():
+            fds = attachment.probes.pop(group, [])
+            gone += len(fds)
+            _close({group: fds})
+        return gone
+
+    def detach_unused(self, now: float, linger: float) -> None:
+        """Take the probes off what no process has used for `linger` seconds: they keep its file system busy."""
+        for attachment in self.all():
+            if not attachment.standing and now - attachment.seen > linger:
+                LOG.info("%s is used no more", attachment.path)
+                self.detach(attachment)
+
+    def close(self) -> None:
+        """Take all probes off."""
+        for attachment in self.all():
+            self.detach(attachment)
+
+
+def _close(probes: Mapping[str, list[int]]) -> None:
+    for fds in probes.values():
+        for fd in fds:
+            with suppress(OSError):
+                os.close(fd)

@@ -1,0 +1,41 @@
+"""What is known of the traced processes together: the kernel's ledger, who they are, what the driver lists for them.
+
+The tracer writes it, the publisher and the sender read it. One thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ebpf.ledger import Holding, Process
+from ebpf.layout import Kind
+from ebpf.reconcile import Reconciled
+from gpuglass.workload import Workload
+
+
+@dataclass(slots=True)
+class Traced:
+    """One life of one program."""
+
+    process: Process
+    name: str
+    start_ticks: int
+    workload: Workload = field(default_factory=Workload)
+    since_ns: int = 0
+    """CLOCK_MONOTONIC from which on its ledger is complete."""
+    reconciled: list[Reconciled] = field(default_factory=list)
+    exact: bool = True
+    lost_before: int = 0
+    """Losses that a resynchronisation has settled."""
+    resyncs: int = 0
+    epoch: int = 0
+    holdings: dict[tuple[Kind, int], Holding] = field(default_factory=dict)
+    ended_at: float | None = None
+    """When it was seen to have ended, on the monotonic clock."""
+    told_end: bool = False
+
+    @property
+    def identity(self) -> tuple[str, str, str, str]:
+        """Workload and name, as labels."""
+        workload = self.workload
+        return (workload.namespace, workload.pod, workload.container, self.name)
