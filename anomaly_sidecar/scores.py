@@ -370,6 +370,11 @@ class Scores:
         ]
         return sorted(reasons, key=lambda reason: -np.nan_to_num(reason.ratio, nan=-1.0))
 
+    def ratios(self) -> FloatArray:
+        """Features of the latest frame against their return levels, shape (features, rows)."""
+        ratios: FloatArray = self._a["ratio"]
+        return ratios
+
     def expected_values(self) -> FloatArray:
         """Values that were expected at the latest frame, shape (rows,)."""
         expected: FloatArray = self._a["expected"]

@@ -8,9 +8,11 @@ passed on.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,32 @@ def table(results: dict[str, dict[str, Any] | None]) -> str:
                 f"| {name} | {figure} | {value:.4g} | {result['targets'].get(figure, '')} | {verdict} |"
             )
     return "\n".join(rows) + "\n"
+
+
+def missed(figures: Mapping[str, float], targets: Mapping[str, str]) -> list[str]:
+    """Targets (`<= NUMBER` or `>= NUMBER`) that the figures do not meet, as far as they are there."""
+    found = []
+    for name, target in targets.items():
+        sign, bound = target.split()
+        if name in figures and not (
+            figures[name] <= float(bound) if sign == "<=" else figures[name] >= float(bound)
+        ):
+            found.append(name)
+    return found
+
+
+def finish(name: str, figures: Mapping[str, float], targets: Mapping[str, str]) -> int:
+    """Print a benchmark's JSON line; gives its exit code."""
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
+    result = {
+        "benchmark": name,
+        "machine": machine,
+        "figures": dict(figures),
+        "targets": {figure: target for figure, target in targets.items() if figure in figures},
+        "missed": missed(figures, targets),
+    }
+    print(json.dumps(result))
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
