@@ -111,6 +111,19 @@ def _bpf() -> str | None:
     return f"lacks {' and '.join(lacking)}" if lacking else None
 
 
+def _ebpf() -> str | None:
+    lacking = [name for name in ("clang", "llvm-strip") if not shutil.which(name)]
+    for path, package in (
+        ("/usr/include/bpf/bpf_helpers.h", "libbpf-dev"),
+        ("/usr/lib/python3/dist-packages/bcc/libbcc.py", "python3-bpfcc"),
+    ):
+        if not Path(path).exists():
+            lacking.append(package)
+    if not any(Path("/usr/src").glob("linux-headers-*/include")):
+        lacking.append("kernel headers")
+    return f"no {' and no '.join(lacking)}" if lacking else None
+
+
 def _git() -> str | None:
     try:
         done = subprocess.run(
@@ -176,6 +189,12 @@ REQUIREMENTS = {
         Requirement("node", "Node.js", _program("node"), "apt-get install nodejs"),
         Requirement(
             "bpf", "the rights to load BPF programs", _bpf, "run make test as root, outside of a container"
+        ),
+        Requirement(
+            "ebpf",
+            "clang for BPF, libbpf, the BPF compiler collection and kernel headers",
+            _ebpf,
+            "apt-get install clang llvm libbpf-dev python3-bpfcc linux-headers-amd64",
         ),
         Requirement("git", "git, in a clone", _git, "apt-get install git, and clone the repository"),
         Requirement("gpu", "an NVIDIA GPU", _gpu, "run the tests on a machine with one"),
