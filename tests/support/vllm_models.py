@@ -65,6 +65,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    # Without experts: adapters (LoRA) of layers with experts need a GPU. Blocks as above.
+    "tiny-qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
 }
 
 

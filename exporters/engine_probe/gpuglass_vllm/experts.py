@@ -308,10 +308,10 @@ class Experts:
             if self._counts.add(choices, tokens, rows):
                 window.counted_tokens += tokens
 
-    def drain(self, at: int) -> tuple[list[ExpertSums], HotExperts | None]:
-        """Counts since the last time, if it is time and the device has them ready."""
+    def drain(self, at: int, hurry: bool = False) -> tuple[list[ExpertSums], HotExperts | None]:
+        """Counts since the last time, if it is time and the device has them ready; `hurry`: it is time."""
         if self._taking is None:
-            if self._now() < self._next or self.routing.capturing is not None:
+            if (self._now() < self._next and not hurry) or self.routing.capturing is not None:
                 return [], None
             with self._lock:
                 seen = self._seen

@@ -103,7 +103,8 @@ class Link:
         self._next_try = 0.0
         self._next_state = 0.0
         self._wake = threading.Event()
-        self._stopping = False
+        self.stopping = False
+        """The process ends: what is told now is the last."""
         self._lock = threading.Lock()
         """Held while flushing: the thread and the last flush at exit do not mix."""
         self._thread: threading.Thread | None = None
@@ -128,9 +129,9 @@ class Link:
 
     def stop(self, timeout: float = 0.5) -> None:
         """Send what is there, wait shortly for the agent's acknowledgement, and close."""
-        if self._stopping or os.getpid() != self._pid:
+        if self.stopping or os.getpid() != self._pid:
             return
-        self._stopping = True
+        self.stopping = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout)
@@ -157,7 +158,7 @@ class Link:
 
     def abandon(self) -> None:
         """In a child made by fork: close our copy of the socket and do nothing any more."""
-        self._stopping = True
+        self.stopping = True
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -502,7 +502,8 @@ class WorkerSource:
         _guarded(STEPS, probe.drain_clock)
         result: list[records.Record] = list(probe.ledger.sums(probe.clock.kind))
         if probe.experts is not None and EXPERTS.on:
-            drained = _guarded(EXPERTS, probe.experts.drain, time.monotonic_ns())
+            last = probe.link is not None and probe.link.stopping
+            drained = _guarded(EXPERTS, probe.experts.drain, time.monotonic_ns(), last)
             if drained is not None:
                 sums, hot = drained
                 result += sums

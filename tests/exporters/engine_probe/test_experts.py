@@ -249,6 +249,9 @@ def test_each_choice_is_told_once() -> None:
     assert counter.drain(0) == ([], None)
     step()
     assert counted(LAYOUT, counter.drain(0)[0]).sum() == 20
+    step()
+    assert counter.drain(0) == ([], None), "not yet"
+    assert counted(LAYOUT, counter.drain(0, hurry=True)[0]).sum() == 20, "the process ends"
 
 
 def test_counts_that_are_not_ready_come_later() -> None:

@@ -20,6 +20,7 @@ from .test_attribution import new, output
 class Link:
     def __init__(self) -> None:
         self.events: list[Any] = []
+        self.stopping = False
 
     def event(self, record: Any) -> None:
         self.events.append(record)
