@@ -1,7 +1,9 @@
-"""Forecasts of many series at once on a grid of cells: persistence, regression and fitted model behind a gate.
+"""Forecasts of many series at once on a grid of cells: persistence, regression and fitted model behind a
+gate.
 
-In flow cells (means of a query over one step of the grid), out flow point forecasts and quantiles per horizon,
-and how good they were of late. Nothing here reads a clock or waits for anything: fits come in from outside.
+In flow cells (means of a query over one step of the grid), out flow point forecasts and quantiles per
+horizon, and how good they were of late. Nothing here reads a clock or waits for anything: fits come in
+from outside.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Forecaster:
     model: LevelAr
     gate: Gate
     features: NDArray[np.float32]
-    """(rows, pending, FEATURES): features behind each forecast whose target has not come. Each horizon has as many
-    places as it has cells, used in turn."""
+    """(rows, pending, FEATURES): features behind each forecast whose target has not come. Each horizon
+    has as many places as it has cells, used in turn."""
     pending: Floats
     """(rows, pending, candidates + point + quantiles + base + scale)."""
     states: NDArray[np.int64]
@@ -52,7 +54,8 @@ class Forecaster:
     def empty(
         cls, rows: int, step: float, horizons: Sequence[int], quantiles: Sequence[float], nonnegative: bool
     ) -> Forecaster:
-        """`step` in seconds divides a day; `horizons` in cells, ascending, at most a day; `quantiles` ascending."""
+        """`step` in seconds divides a day; `horizons` in cells, ascending, at most a day; `quantiles`
+        ascending."""
         cells = np.asarray(horizons, np.int64)
         count, places = len(cells), int(cells.sum())
         width = len(CANDIDATES) + 1 + len(quantiles) + 2

@@ -1,8 +1,9 @@
 """How many replicas the load needs: now and, by the forecast, later. Shaped for KEDA and the HPA.
 
-In flow load per service (tokens per second, requests running and waiting) and ready replicas; out flow one gauge
-per service. A replica's capacity is measured: what it did while requests waited. The result is the larger of
-what the load needs now and what the forecast needs, so a forecast raises it and never lowers it.
+In flow load per service (tokens per second, requests running and waiting) and ready replicas; out flow
+one gauge per service. A replica's capacity is measured: what it did while requests waited. The result is
+the larger of what the load needs now and what the forecast needs, so a forecast raises it and never
+lowers it.
 """
 
 from __future__ import annotations
@@ -71,11 +72,13 @@ class Capacity:
     @property
     def measured(self) -> NDArray[np.bool_]:
         """(rows,) whether saturation was seen for long enough."""
-        return self.saturated.sum(axis=1) >= MIN_SATURATED
+        enough: NDArray[np.bool_] = self.saturated.sum(axis=1) >= MIN_SATURATED
+        return enough
 
     def each(self) -> Floats:
-        """(rows,) throughput of one replica: measured under saturation, else the highest that was seen; NaN before
-        any load. The latter is too low, never too high: then more replicas are asked for, not fewer."""
+        """(rows,) throughput of one replica: measured under saturation, else the highest that was seen;
+        NaN before any load. The latter is too low, never too high: then more replicas are asked for, not
+        fewer."""
         weights = np.cumsum(self.saturated, axis=1)
         place = (weights >= QUANTILE * weights[:, -1:]).argmax(axis=1)
         rows = np.arange(len(place))
@@ -97,7 +100,8 @@ def needed(
 
     `load` and `forecast` in units of `capacity`, the throughput of one replica; `open_requests` run or wait,
     `requests_each` run at once on one replica (NaN: not judged by requests). A forecast that is NaN asks for
-    nothing. NaN where neither load nor capacity is known: then no series is published, and the scaler's fallback holds.
+    nothing. NaN where neither load nor capacity is known: then no series is published, and the scaler's
+    fallback holds.
     """
     by_load = _count(load, HEADROOM * capacity)
     by_requests = _count(open_requests, requests_each)
@@ -115,7 +119,8 @@ def _count(amount: Floats, each: Floats) -> Floats:
 
 
 def seconds_to_limit(now: Floats, limit: Floats, forecast: Floats, horizons: Floats) -> Floats:
-    """(rows,) seconds until a level reaches its limit (KV cache, memory), by straight lines through the forecasts.
+    """(rows,) seconds until a level reaches its limit (KV cache, memory), by straight lines through the
+    forecasts.
 
     `forecast` (rows, horizons) at one quantile, `horizons` (horizons,) in seconds, ascending. 0 where it is
     reached already; NaN where it is not within the longest horizon, or unknown."""
@@ -132,8 +137,9 @@ def seconds_to_limit(now: Floats, limit: Floats, forecast: Floats, horizons: Flo
 
 
 def seconds_to_quota(used: Floats, quota: Floats, rate: Floats, horizons: Floats) -> Floats:
-    """(rows,) seconds until what is `used` of a `quota` reaches it, with the forecast `rate` (rows, horizons) per
-    second; after the longest horizon the last rate goes on. Infinite becomes NaN: it is never reached."""
+    """(rows,) seconds until what is `used` of a `quota` reaches it, with the forecast `rate` (rows,
+    horizons) per second; after the longest horizon the last rate goes on. Infinite becomes NaN: it is
+    never reached."""
     left = np.maximum(quota - used, 0.0)
     edges = np.concatenate([[0.0], horizons])
     spans = np.diff(edges)

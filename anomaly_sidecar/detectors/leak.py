@@ -33,17 +33,18 @@ class Scale:
 
 SCALES = (
     Scale(bin_seconds=300.0, floors=7, rising=0.90, noise=1.0),
-    Scale(bin_seconds=900.0, floors=8, rising=0.90, noise=0.75),
-    Scale(bin_seconds=1800.0, floors=10, rising=0.88, noise=0.4),
+    Scale(bin_seconds=900.0, floors=8, rising=0.95, noise=0.75),
+    Scale(bin_seconds=1800.0, floors=10, rising=0.90, noise=0.5),
     Scale(bin_seconds=3600.0, floors=6, rising=0.93, noise=0.4),
 )
 """A steep leak on a flat pool shows at the first, slow ones and noisy pods need the others."""
-STEADY = 0.45
+STEADY = 0.55
 """Share of the rise that must remain without the largest single step."""
 SLOWING = 0.4
 """The later half must rise at least so fast compared with the earlier: a cache that fills slows down."""
 LOAD_GROWTH = 1.25
-"""If the rate of requests in the window's later half exceeds the earlier's by this factor, load explains it."""
+"""If the rate of requests in the window's later half exceeds the earlier's by this factor, load explains
+it."""
 HOLD_SECONDS = 1800.0
 """A verdict stays for this long after its last confirmation."""
 NOISE_RATE = 0.05
@@ -130,9 +131,11 @@ def slope(floors: Floats) -> Floats:
     return slopes
 
 
-def is_leaking(floors: Floats, loads: Floats, usual: Floats, scale: Scale, minimum: float) -> NDArray[np.bool_]:
-    """(rows,) whether a window of floors (rows, floors) in bytes rises like a leak of at least `minimum` bytes per
-    hour. `loads` (rows, floors) and `usual` (rows,) as in `Floors`."""
+def is_leaking(
+    floors: Floats, loads: Floats, usual: Floats, scale: Scale, minimum: float
+) -> NDArray[np.bool_]:
+    """(rows,) whether a window of floors (rows, floors) in bytes rises like a leak of at least `minimum`
+    bytes per hour. `loads` (rows, floors) and `usual` (rows,) as in `Floors`."""
     later, earlier = np.triu_indices(scale.floors, 1)[::-1]
     steps = np.diff(floors, axis=1)
     total = floors[:, -1] - floors[:, 0]
@@ -173,9 +176,13 @@ class Leaks:
     @classmethod
     def empty(cls, rows: int, minimum: float) -> Leaks:
         """Nothing seen. `minimum` in bytes per hour."""
+        fine, middle, coarse, coarsest = (Floors.empty(rows, scale) for scale in SCALES)
         return cls(
-            minimum,
-            *(Floors.empty(rows, scale) for scale in SCALES),
+            minimum=minimum,
+            fine=fine,
+            middle=middle,
+            coarse=coarse,
+            coarsest=coarsest,
             started=np.full(rows, np.nan),
             confirmed=np.full(rows, np.nan),
             rate=np.full(rows, np.nan),

@@ -112,14 +112,17 @@ class Recurrences:
             self.repeats[better], self.weekday[better] = repeats[better], weekday
         self.strength[:] = np.nan
         for row in np.flatnonzero(self.start >= 0):
-            chosen = (days + 3) % WEEK == self.weekday[row] if self.weekday[row] >= 0 else days > last - DAILY_DAYS
+            chosen = (
+                (days + 3) % WEEK == self.weekday[row] if self.weekday[row] >= 0 else days > last - DAILY_DAYS
+            )
             self.strength[row] = strength(means[row, chosen], int(self.start[row]), int(self.hours[row]))
 
 
 def peaking(means: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(rows, days, hours) hours that stand out of their day, and (rows, days) days that can be judged.
 
-    A day's spread is the median distance of its hours from their median: a peak of some hours does not move it."""
+    A day's spread is the median distance of its hours from their median: a peak of some hours does not
+    move it."""
     observed = (~np.isnan(means)).sum(axis=2) >= MIN_HOURS
     whole = np.where(observed[..., None], means, 0.0)
     middle = _nanmedian(whole)[..., None]
@@ -167,7 +170,8 @@ def window(
 
 
 def strength(means: Floats, start: int, hours: int) -> float:
-    """Share of the variance of hourly means (days, hours) that lies between the window and the rest of the day."""
+    """Share of the variance of hourly means (days, hours) that lies between the window and the rest of
+    the day."""
     inside = np.zeros(HOURS, bool)
     inside[(start + np.arange(hours)) % HOURS] = True
     there = ~np.isnan(means)

@@ -1,8 +1,9 @@
 """Level shift after a deployment: is the level afterwards another than the series' own ups and downs explain?
 
-In flow samples and the identity of what runs (a version or a start time as a number); out flow the shift per series. The
-level before is compared with the level after a settling time. How much levels of such windows differ without
-any deployment is taken from the series itself, so a series that wanders needs a larger shift.
+In flow samples and the identity of what runs (a version or a start time as a number); out flow the shift
+per series. The level before is compared with the level after a settling time. How much levels of such
+windows differ without any deployment is taken from the series itself, so a series that wanders needs a
+larger shift.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ class Shifts:
 
 
 def placebo(blocks: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """(rows,) largest difference that the same comparison finds in `blocks` (rows, blocks) without a deployment,
-    and how many comparisons there were."""
+    """(rows,) largest difference that the same comparison finds in `blocks` (rows, blocks) without a
+    deployment, and how many comparisons there were."""
     span = BEFORE + SETTLE + AFTER
     largest = np.zeros(len(blocks))
     count = np.zeros(len(blocks), np.int64)

@@ -1,7 +1,7 @@
 """Silent failure and stranded memory: alive but producing nothing, and memory that nobody works with.
 
-Both count how long a condition has held for each series. A gap neither starts nor breaks one; a gap longer than
-the condition needs ends it, because nobody knows what was in between.
+Both count how long a condition has held for each series. A gap neither starts nor breaks one; a gap
+longer than the condition needs ends it, because nobody knows what was in between.
 """
 
 from __future__ import annotations
@@ -48,11 +48,9 @@ class Held:
         return np.nan_to_num(self.seconds(time), nan=-1.0) >= self.needed
 
 
-def silent(
-    alive: Floats, demand: Floats, produced: Floats
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(rows,) whether an engine that is `alive` (1) with `demand` (requests running and waiting) has `produced`
-    (tokens per second, prompt and output) nothing, and whether that is known."""
+def silent(alive: Floats, demand: Floats, produced: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(rows,) whether an engine that is `alive` (1) with `demand` (requests running and waiting) has
+    `produced` (tokens per second, prompt and output) nothing, and whether that is known."""
     known = ~np.isnan(alive) & ~np.isnan(demand) & ~np.isnan(produced)
     return (alive > 0) & (demand > 0) & (produced <= 0), known
 

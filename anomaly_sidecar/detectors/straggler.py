@@ -1,8 +1,8 @@
 """Stragglers: the rank that lags behind its peers, by comparison across series of one group.
 
-In flow values of all members (step time, SM activity, tokens per second); out flow, per series, its ratio to the
-median of its peers, its place among them, and whether it has lagged for long enough. What slows all members
-alike, load for example, cancels.
+In flow values of all members (step time, SM activity, tokens per second); out flow, per series, its ratio
+to the median of its peers, its place among them, and whether it has lagged for long enough. What slows
+all members alike, load for example, cancels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Stragglers:
     tolerance: float
     """Share of the peers' median by which a member may lag."""
     hold: float
-    """Seconds for which it must lag, and be at par, before the verdict changes: half-life of the share below."""
+    """Seconds for which it must lag, and be at par, before the verdict changes: half-life of the share
+    below."""
     low_is_slow: bool
     """True for rates (tokens per second), False for times (seconds per step)."""
     group: NDArray[np.int64]
@@ -69,8 +70,8 @@ class Stragglers:
 
 
 def compare(values: Floats, group: NDArray[np.int64], low_is_slow: bool) -> tuple[Floats, Floats]:
-    """(rows,) ratio to the median of the group and place in it, 1 for the slowest. NaN for gaps, for groups with
-    fewer than `MIN_PEERS` values, and the ratio where the median is 0."""
+    """(rows,) ratio to the median of the group and place in it, 1 for the slowest. NaN for gaps, for
+    groups with fewer than `MIN_PEERS` values, and the ratio where the median is 0."""
     ratio, rank = np.full(len(values), np.nan), np.full(len(values), np.nan)
     known = np.flatnonzero(~np.isnan(values) & (group >= 0))
     if not known.size:

@@ -2,8 +2,8 @@
 
 Candidates are scored by their absolute errors when their targets have come, per series and horizon, with
 forgetting; the best one is taken, and "as now" (persistence) unless another is better by a margin. Quantiles
-are the point forecast plus a margin that is moved so that its share of the values above it comes true (adaptive
-conformal inference, Gibbs and Candès 2021). No assumption about the distribution of errors.
+are the point forecast plus a margin that is moved so that its share of the values above it comes true
+(adaptive conformal inference, Gibbs and Candès 2021). No assumption about the distribution of errors.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ class Gate:
     """State per series and horizon."""
 
     errors: Floats
-    """(rows, horizons, states, candidates) sums of absolute errors. State 1: the latest value is a dropout."""
+    """(rows, horizons, states, candidates) sums of absolute errors. State 1: the latest value is a
+    dropout."""
     weights: Floats
     """(rows, horizons, states) sums of the weights of those errors."""
     published: Floats
-    """(rows, horizons, 4) sums: weight, absolute error of what was published, of persistence, of the value itself."""
+    """(rows, horizons, 4) sums: weight, absolute error of what was published, of persistence, of the
+    value itself."""
     covered: Floats
     """(rows, horizons, quantiles) share of values at or below the quantile, with the same forgetting."""
     margins: Floats
@@ -80,8 +82,9 @@ class Gate:
         value: Floats,
         step: float,
     ) -> None:
-        """The target of one horizon has come: `candidates` (rows, candidates), `point` (rows,) and `bounds` (rows,
-        quantiles) as they were published then, `state` (rows,) of that time, `value` (rows,) of now."""
+        """The target of one horizon has come: `candidates` (rows, candidates), `point` (rows,) and
+        `bounds` (rows, quantiles) as they were published then, `state` (rows,) of that time, `value`
+        (rows,) of now."""
         there = ~np.isnan(value) & ~np.isnan(point)
         keep = 0.5 ** (there * step / HALF_LIFE)
         value = np.where(there, value, 0.0)
@@ -142,7 +145,8 @@ class Gate:
         return np.where(weights >= needed, best, PERSISTENCE)
 
     def bounds(self, point: Floats) -> Floats:
-        """(rows, horizons, quantiles) of the point forecasts (rows, horizons), ascending over the quantiles."""
+        """(rows, horizons, quantiles) of the point forecasts (rows, horizons), ascending over the
+        quantiles."""
         raised = point[..., None] + self.margins * np.nan_to_num(self.scale, nan=0.0)[..., None]
         return np.maximum.accumulate(raised, axis=2)
 

@@ -1,8 +1,8 @@
 """What a forecast knows of the past: a ring of cells per series, moving averages, and a profile of the day.
 
-In flow cells, one value per series and step of the grid; out flow features, which say how far other guesses of
-the future (the same time yesterday, last week, the usual course of the day, averages) lie from the latest
-value. All series move at once, memory is bounded by the ring.
+In flow cells, one value per series and step of the grid; out flow features, which say how far other
+guesses of the future (the same time yesterday, last week, the usual course of the day, averages) lie from
+the latest value. All series move at once, memory is bounded by the ring.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def median(values: Floats) -> Floats:
     count = (~np.isnan(values)).sum(axis=1)
     rows = np.arange(len(values))
     low = ordered[rows, np.maximum(count - 1, 0) // 2]
-    return (low + ordered[rows, np.minimum(count // 2, values.shape[1] - 1)]) / 2
+    middle: Floats = (low + ordered[rows, np.minimum(count // 2, values.shape[1] - 1)]) / 2
+    return middle
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ class History:
     @property
     def day(self) -> int:
         """Cells of a day."""
-        return self.profile.shape[1]
+        return int(self.profile.shape[1])
 
     def latest(self, cells: int) -> Floats:
         """(rows, cells) the latest cells, oldest first."""
@@ -97,10 +98,13 @@ class History:
         return self.ring[:, numbers].astype(np.float64)
 
     def dropout(self, cell: Floats) -> NDArray[np.bool_]:
-        """(rows,) whether the next cell says nothing about the demand: nothing at all from one cell to the next,
-        far below what was usual, is a failure of the measurement or of the whole service. One that lasts makes
-        the median 0 and is believed."""
-        return (cell == 0.0) & (median(self.latest(RECENT)) > 2 * SURPRISE * self.change)
+        """(rows,) whether the next cell says nothing about the demand: nothing at all from one cell to
+        the next, far below what was usual, is a failure of the measurement or of the whole service. One
+        that lasts makes the median 0 and is believed."""
+        dropped: NDArray[np.bool_] = (cell == 0.0) & (
+            median(self.latest(RECENT)) > 2 * SURPRISE * self.change
+        )
+        return dropped
 
     def push(self, index: int, cell: Floats) -> None:
         """Take in the cell `index`, which is later than all before; cells between them become gaps."""
@@ -188,7 +192,8 @@ class History:
         with np.errstate(invalid="ignore", over="ignore"):
             stacked = np.stack([np.broadcast_to(g, shape) for g in guesses], axis=2)
             stacked /= self.scale[:, None, None]
-        return np.clip(np.nan_to_num(stacked, nan=0.0, posinf=0.0, neginf=0.0), -CLIP, CLIP)
+        clipped: Floats = np.clip(np.nan_to_num(stacked, nan=0.0, posinf=0.0, neginf=0.0), -CLIP, CLIP)
+        return clipped
 
 
 def _width(step: float) -> int:

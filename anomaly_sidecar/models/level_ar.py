@@ -1,4 +1,5 @@
-"""The fitted model between two fits: a level that wanders and an autoregressive part, moved by Kalman's equations.
+"""The fitted model between two fits: a level that wanders and an autoregressive part, moved by Kalman's
+equations.
 
 In flow parameters of a fit (`models.seasonal`) and cells, out flow expected values at the horizons. All
 series move at once in a fixed number of operations.

@@ -1,8 +1,8 @@
 """Direct regression: how far the value moves until a horizon, from the distances of other guesses.
 
-One weighted ridge regression per series and horizon with forgetting. The weights start at, and are drawn to, 0:
-that is "as now". Sums are updated with each cell, weights are solved for now and then, so the work per cell is
-bounded. Large errors count less, which brings it close to the smallest absolute error.
+One weighted ridge regression per series and horizon with forgetting. The weights start at, and are drawn
+to, 0: that is "as now". Sums are updated with each cell, weights are solved for now and then, so the work
+per cell is bounded. Large errors count less, which brings it close to the smallest absolute error.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Ridge:
         )
 
     def learn(self, horizon: int, features: Floats, moved: Floats, step: float) -> None:
-        """One more observation per row: `features` (rows, features) and how far the value `moved` (rows,), both
-        in units of the scale; NaN teaches nothing."""
+        """One more observation per row: `features` (rows, features) and how far the value `moved`
+        (rows,), both in units of the scale; NaN teaches nothing."""
         there = ~np.isnan(moved)
         moved = np.where(there, moved, 0.0)
         error = np.abs(moved - (features * self.weights[:, horizon]).sum(axis=1))
@@ -57,9 +57,12 @@ class Ridge:
     def solve(self) -> None:
         """Bring the weights up to date with the sums."""
         eye = RIDGE * np.eye(self.squares.shape[-1])
-        self.weights = np.linalg.solve(self.squares + eye, self.products[..., None])[..., 0]
+        self.weights = np.asarray(
+            np.linalg.solve(self.squares + eye, self.products[..., None])[..., 0], np.float64
+        )
 
     def predict(self, features: Floats) -> Floats:
-        """(rows, horizons) expected moves in units of the scale, from `features` (rows, horizons, features)."""
+        """(rows, horizons) expected moves in units of the scale, from `features` (rows, horizons,
+        features)."""
         moves: Floats = (features * self.weights).sum(axis=2)
         return moves

@@ -1,9 +1,10 @@
 """Decomposition and forecast model of single series with statsmodels, and their steps between two fits.
 
-`decompose` splits a series into trend, course of the day and remainder (STL, Cleveland et al. 1990, with jumps:
-30 times faster at 288 cells a day and as good). `fit` is the job that a worker runs: it decomposes, and fits
-a level with an autoregressive part (unobserved components) to what is left without the course of the day. What comes back are a
-few numbers per series, never a results object. `LevelAr` moves on by Kalman's equations, all series at once.
+`decompose` splits a series into trend, course of the day and remainder (STL, Cleveland et al. 1990, with
+jumps: 30 times faster at 288 cells a day and as good). `fit` is the job that a worker runs: it
+decomposes, and fits a level with an autoregressive part (unobserved components) to what is left without
+the course of the day. What comes back are a few numbers per series, never a results object. `LevelAr`
+moves on by Kalman's equations, all series at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from statsmodels.tsa.seasonal import STL
 from statsmodels.tsa.statespace.structural import UnobservedComponents
 
+from anomaly_sidecar.interface import State
 from anomaly_sidecar.models.history import Floats
 
 JUMP = 0.15
@@ -28,7 +30,8 @@ MAX_ITERATIONS = 50
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """Parts of one series, each (cells,); they add up to the series, whose gaps are filled by straight lines."""
+    """Parts of one series, each (cells,); they add up to the series, whose gaps are filled by straight
+    lines."""
 
     trend: Floats
     seasonal: Floats
@@ -94,3 +97,11 @@ def fit(values: Floats, first: int, period: int) -> Fit | None:
     named = dict(zip(model.param_names, np.asarray(result.params, np.float64), strict=True))
     parameters = np.array([named["sigma2.level"] * scale**2, named["sigma2.ar"] * scale**2, named["ar.L1"]])
     return Fit(pattern, parameters) if np.isfinite(parameters).all() else None
+
+
+def job(arguments: State) -> State:
+    """`fit` in a worker: array "values", numbers "first" and "period"; gives arrays "pattern" and
+    "parameters", or nothing where there is no fit."""
+    values = np.asarray(arguments.arrays["values"], np.float64)
+    found = fit(values, int(arguments.meta["first"]), int(arguments.meta["period"]))
+    return State() if found is None else State({"pattern": found.pattern, "parameters": found.parameters})

@@ -61,6 +61,8 @@ UPPER = _of_series(
 
 # Forecasts
 
+_NO_TARGET = "Too few of its targets have come yet, or the series is gone."
+
 FORECAST = _of_series(
     "forecast",
     "Value of the query in horizon from now at a quantile, in the series' unit.",
@@ -68,6 +70,134 @@ FORECAST = _of_series(
     "quantile",
     absent="The forecast has not seen enough samples yet.",
 )
+
+FORECAST_WAPE = _of_series(
+    "forecast_error_ratio",
+    "Absolute error of what was published at a horizon as a share of the value, over about the last day.",
+    "horizon",
+    unit="ratio",
+    absent=_NO_TARGET,
+)
+FORECAST_SKILL = _of_series(
+    "forecast_skill_ratio",
+    "How much smaller that error is than that of expecting no change (persistence): 0 is as good, negative "
+    "is worse.",
+    "horizon",
+    unit="ratio",
+    absent=_NO_TARGET,
+)
+FORECAST_COVERAGE = _of_series(
+    "forecast_coverage_ratio",
+    "Share of values at or below the quantile that was forecast for them, over about the last day.",
+    "horizon",
+    "quantile",
+    unit="ratio",
+    absent=_NO_TARGET,
+)
+FORECAST_USABLE = _of_series(
+    "forecast_usable",
+    "1 while a forecast beats persistence and is published; 0 while persistence with its margin is.",
+    "horizon",
+    absent=_NO_TARGET,
+)
+EXHAUSTION = _of_series(
+    "exhaustion_seconds",
+    "Time until the forecast at a quantile reaches the limit; 0 once the limit is reached.",
+    "quantile",
+    unit="seconds",
+    absent="The limit is not reached within the longest horizon, or is not known.",
+)
+REPLICAS = _of_series(
+    "replicas_needed",
+    "Replicas that the load needs, basis all: the larger of now and forecast. Made for autoscalers.",
+    "basis",
+    absent="Neither the load nor what one replica can do is known: the autoscaler's fallback has to hold.",
+)
+REPLICA_CAPACITY = _of_series(
+    "replica_capacity",
+    "Load that one replica can take, in the unit of the load; source measured (while requests waited), "
+    "observed (the highest load so far, a lower bound) or configured.",
+    "source",
+    absent="No load was seen yet.",
+)
+
+# Detectors
+
+_NO_INPUT = "An input of the detector has no sample now."
+_FEW = "The series has no sample now, or fewer than three members of its group have one."
+
+LEAK = _of_series(
+    "memory_leak", "1 while memory grows as a leak does; 0 while it does not.", absent=_NO_INPUT
+)
+LEAK_RATE = _of_series(
+    "memory_leak_growth",
+    "Growth of a leak in bytes per second.",
+    absent="There is no leak: gpuglass_memory_leak is not 1.",
+)
+LEAK_RESTARTS = _of_series(
+    "memory_leak_restarts_seen",
+    "Restarts after which the search began anew.",
+    absent="The series is not known.",
+)
+STRANDED = _of_series(
+    "stranded_bytes",
+    "Memory that a GPU has held idle for long; 0 while it works or has not idled for long enough.",
+    unit="bytes",
+    absent=_NO_INPUT,
+)
+STRANDED_SECONDS = _of_series(
+    "stranded_idle_seconds",
+    "Time for which that memory has been held without work; 0 while the GPU works.",
+    unit="seconds",
+    absent=_NO_INPUT,
+)
+SILENT = _of_series(
+    "silent_failure",
+    "1 while an engine is up, has requests, and has produced no token for long; 0 otherwise.",
+    absent=_NO_INPUT,
+)
+SILENT_SECONDS = _of_series(
+    "silent_seconds",
+    "Time for which it has produced nothing while requests were open.",
+    unit="seconds",
+    absent=_NO_INPUT,
+)
+RECURRING_STRENGTH = _of_series(
+    "recurring_peak_strength_ratio",
+    "A peak that comes back from from_hour to to_hour, on a weekday or every day: share of the variance of "
+    "the hours that it explains.",
+    "weekday",
+    "from_hour",
+    "to_hour",
+    unit="ratio",
+    absent="No peak came back often enough.",
+)
+RECURRING_REPEATS = _of_series(
+    "recurring_peak_repeats",
+    "Days with that peak among the last seven; of one weekday, weeks among the last four.",
+    "weekday",
+    "from_hour",
+    "to_hour",
+    absent="No peak came back often enough.",
+)
+SHIFT = _of_series(
+    "level_shift",
+    "Change of the level with the latest deployment, in the series' unit, for six hours.",
+    absent="No deployment, it is not judged yet, or it changed nothing beyond the series' usual course.",
+)
+SHIFT_RELATIVE = _of_series(
+    "level_shift_ratio",
+    "The same as a share of the level before.",
+    unit="ratio",
+    absent="No deployment, it is not judged yet, it changed nothing, or the level before was 0.",
+)
+STRAGGLER = _of_series(
+    "straggler", "1 while a member lags behind its group; 0 while it does not.", absent=_FEW
+)
+STRAGGLER_RATIO = _of_series(
+    "straggler_ratio", "Value as a share of the group's median.", unit="ratio", absent=_FEW
+)
+STRAGGLER_RANK = _of_series("straggler_rank", "Place in the group, 1 is the slowest.", absent=_FEW)
 
 # The sidecar itself
 
