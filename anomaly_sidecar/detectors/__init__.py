@@ -1,8 +1,15 @@
-"""Detectors made for GPU inference: each has an own module of pure steps over arrays."""
+"""Detectors made for GPU inference, each in a module of its own, and all kinds that the configuration can name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from anomaly_sidecar import autoscale, forecast
+from anomaly_sidecar.detectors import analyzers
 from anomaly_sidecar.interface import Kind
 
-KINDS: dict[str, Kind] = {}
-"""Kinds of detectors and forecasts that a configuration can name."""
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {kind.name: kind for kind in (*analyzers.KINDS, forecast.KIND, autoscale.KIND)}
+)
+"""By name: detectors, "forecast" and "replicas"."""
