@@ -29,6 +29,8 @@ class Row:
     """When the last one ended."""
     floors: list[float]
     """Least bytes in each."""
+    times: list[float]
+    """When they were seen."""
     work: list[float]
     """Requests served since the beginning, at each interval's end."""
     doubt: list[float]
@@ -36,15 +38,17 @@ class Row:
 
 
 class _Scale:
-    __slots__ = ("doubt", "floors", "work")
+    __slots__ = ("doubt", "floors", "times", "work")
 
     def __init__(self) -> None:
         self.floors = array("d")
+        self.times = array("d")
         self.work = array("d")
         self.doubt = array("d")
 
-    def push(self, floor: float, work: float, doubt: float) -> None:
-        for row, value in ((self.floors, floor), (self.work, work), (self.doubt, doubt)):
+    def push(self, floor: float, time: float, work: float, doubt: float) -> None:
+        values = ((self.floors, floor), (self.times, time), (self.work, work), (self.doubt, doubt))
+        for row, value in values:
             row.append(value)
             if len(row) > BINS:
                 del row[0]
@@ -53,7 +57,7 @@ class _Scale:
 class Floors:
     """Floors of one series at all scales."""
 
-    __slots__ = ("_doubt", "_floor", "_number", "_scales", "_work")
+    __slots__ = ("_doubt", "_floor", "_number", "_scales", "_time", "_work")
 
     def __init__(self) -> None:
         self.clear()
@@ -63,13 +67,13 @@ class Floors:
         self._scales = [_Scale() for _ in range(SCALES)]
         self._number = -1
         """Of the interval that is being filled, counted from the clock's zero; -1: none yet."""
-        self._floor = self._work = _NAN
+        self._floor = self._time = self._work = _NAN
         self._doubt = 0.0
 
     def keep(self, last: int) -> None:
         """Forget all but the last intervals of the first scale."""
         recent = self._scales[0]
-        for row in (recent.floors, recent.work, recent.doubt):
+        for row in (recent.floors, recent.times, recent.work, recent.doubt):
             del row[:-last]
         self._scales[1:] = [_Scale() for _ in range(1, SCALES)]
 
@@ -83,7 +87,8 @@ class Floors:
         done = 0
         while self._number < number:
             done = max(done, self._complete())
-        self._floor = _least(self._floor, live)
+        if not self._floor <= live:
+            self._floor, self._time = live, at
         self._work = work
         self._doubt = doubt
         return done
@@ -93,26 +98,23 @@ class Floors:
         found = self._scales[scale]
         seconds = BIN_SECONDS * (1 << scale)
         end = (self._number >> scale) * seconds
-        return Row(seconds, end, list(found.floors), list(found.work), list(found.doubt))
+        return Row(
+            *(seconds, end, list(found.floors), list(found.times), list(found.work), list(found.doubt))
+        )
 
     def _complete(self) -> int:
         """Close the interval of the first scale, and those above that end with it."""
-        floor = self._floor
-        self._floor = _NAN
+        floor, time = self._floor, self._time
+        self._floor = self._time = _NAN
         self._number += 1
         scale = 0
         while True:
             bins = self._scales[scale]
-            bins.push(floor, self._work, self._doubt)
+            bins.push(floor, time, self._work, self._doubt)
             scale += 1
             if scale == SCALES or self._number & ((1 << scale) - 1):
                 return scale
-            if len(bins.floors) > 1:
-                floor = _least(bins.floors[-2], floor)
-
-
-def _least(one: float, other: float) -> float:
-    """The smaller; NaN counts as nothing."""
-    if one != one:
-        return other
-    return other if other < one else one
+            if len(bins.floors) > 1 and not floor < bins.floors[-2]:
+                before = bins.floors[-2]
+                if before == before:  # else nothing was seen in the first of the two
+                    floor, time = before, bins.times[-2]

@@ -22,7 +22,7 @@ HOLD_SECONDS = 1800.0
 CEILING_SECONDS = 86400.0
 _LOAD_ENDS = 0.5
 """A pace below this share of the minute before ends a load; what ends more slowly was none."""
-_SURELY_STRAIGHT = 0.96
+_SURELY_STRAIGHT = 0.94
 _STOPPED = 0.25
 """Growth below this share of the suspected pace has stopped."""
 _FREED = 0.25

@@ -56,7 +56,7 @@ the upper where a small bend would be seen."""
 _MOST_BEND = 1.35
 """Growth that becomes faster all the time is load that rises, or chance."""
 _BEND_SIGMAS = 2.5
-_MOST_BEND_ERROR = 0.12
+_MOST_BEND_ERROR = 0.14
 """Standard error of the bend above which nothing can be told from it."""
 _LOAD_FACTOR = 1.5
 """Memory that is in step with the load may grow by so many times the load's share."""
@@ -117,7 +117,10 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
     if filled is None:
         return Why.SHORT
     seconds = (count - 1) * row.seconds
-    times = [i * row.seconds for i in range(count)]
+    start = row.end - count * row.seconds
+    times = [
+        time - start if time == time else (i + 0.5) * row.seconds for i, time in enumerate(row.times[-count:])
+    ]
     lasting = _lasting(filled)
     line = _Fit(times, lasting)
     growth = line.slope * seconds

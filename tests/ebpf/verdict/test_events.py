@@ -129,7 +129,7 @@ def test_exemplars_name_trace_link_and_request() -> None:
     text = exposition(account)
     line = next(line for line in text.splitlines() if line.startswith(families.EVENT_FAILURES.name))
     assert 'code="out_of_memory"' in line and " 2.0 # " in line
-    assert f'trace_id="{TRACE}",link="exact",request_id="big"' in line
+    assert f'{{link="exact",request_id="big",trace_id="{TRACE}"}}' in line
     assert 'gpuglass_cuda_event_links_total{link="none"} 1.0' in text
 
 
