@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ebpf import elf, kernel
@@ -83,6 +83,8 @@ class Attachment:
     """Seconds since boot at that moment, as /proc counts processes' starts."""
     unknown: tuple[str, ...] = ()
     """Exported versions of known functions that this tracer does not know."""
+    functions: int = 0
+    """Functions that are probed."""
     probes: dict[str, list[int]] = field(default_factory=dict)
     """Descriptors by group."""
     seen: float = 0.0
@@ -90,20 +92,18 @@ class Attachment:
     standing: bool = False
     """The host's own: kept whether or not a process uses it."""
 
-    @property
-    def count(self) -> int:
-        """Probes that are on."""
-        return sum(map(len, self.probes.values()))
-
 
 class Attacher:
     """Puts probes on and takes them off. Used by one thread."""
 
-    def __init__(self, programs: Mapping[str, int], groups: frozenset[str], layers: frozenset[Layer]) -> None:
+    def __init__(
+        self, programs: Mapping[str, int], groups: frozenset[str], layers: frozenset[Layer], multi: bool
+    ) -> None:
         self._programs = programs
         self._groups = groups
         self.layers = layers
-        self._kind = kernel.uprobe_type()
+        self._multi = multi
+        self._kind = 0 if multi else kernel.uprobe_type()
         self.attached: dict[FileId, list[Attachment]] = {}
         self.refused: dict[FileId, str] = {}
         """Files that cannot be probed, and why; not tried again."""
@@ -155,10 +155,10 @@ class Attacher:
             return None
         attachment = Attachment(
             *(name, device, layer, shown, time.monotonic_ns(), time.clock_gettime(time.CLOCK_BOOTTIME)),
-            *(tuple(unknown), probes, time.monotonic(), standing),
+            *(tuple(unknown), len(wanted), probes, time.monotonic(), standing),
         )
         self.attached.setdefault(name, []).append(attachment)
-        LOG.info("tracing %s: %d probes", shown, attachment.count)
+        LOG.info("tracing %s: %d functions", shown, attachment.functions)
         for symbol in unknown:
             LOG.warning("%s exports %s, which is not known and not traced", shown, symbol)
         return attachment
@@ -170,13 +170,14 @@ class Attacher:
         probes: dict[str, list[int]] = {}
         try:
             for at_return in (True, False):
-                for point in wanted:
-                    name = point.probe.leave if at_return else point.probe.entry
-                    if name:
-                        opened = kernel.attach_uprobe(
-                            self._programs[name], path, point.offset, at_return, self._kind
-                        )
-                        probes.setdefault(point.group, []).append(opened)
+                for (group, name), offsets in _by_program(wanted, at_return).items():
+                    opened = probes.setdefault(group, [])
+                    program = self._programs[name]
+                    if self._multi:
+                        opened.append(kernel.attach_uprobes(program, path, offsets, at_return))
+                        continue
+                    for offset in offsets:
+                        opened.append(kernel.attach_uprobe(program, path, offset, at_return, self._kind))
         except OSError:
             _close(probes)
             raise
@@ -189,16 +190,6 @@ class Attacher:
         several.remove(attachment)
         if not several:
             del self.attached[attachment.file]
-
-    def detach_group(self, group: str) -> int:
-        """Take one group's probes off everywhere, and put none on from now on; gives how many there were."""
-        self._groups -= {group}
-        gone = 0
-        for attachment in self.all():
-            fds = attachment.probes.pop(group, [])
-            gone += len(fds)
-            _close({group: fds})
-        return gone
 
     def detach_unused(self, now: float, linger: float) -> None:
         """Take the probes off what no process has used for `linger` seconds: they keep its file system busy."""
@@ -213,8 +204,20 @@ class Attacher:
             self.detach(attachment)
 
 
+def _by_program(wanted: list[Point], at_return: bool) -> dict[tuple[str, str], list[int]]:
+    """Offsets by group and program."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for point in wanted:
+        name = point.probe.leave if at_return else point.probe.entry
+        if name:
+            found.setdefault((point.group, name), []).append(point.offset)
+    return found
+
+
 def _close(probes: Mapping[str, list[int]]) -> None:
-    for fds in probes.values():
-        for fd in fds:
-            with suppress(OSError):
-                os.close(fd)
+    """Each close waits until no processor runs the probe any more; at the same time they wait together."""
+    fds = [fd for several in probes.values() for fd in several]
+    if not fds:
+        return
+    with ThreadPoolExecutor(min(len(fds), 32)) as pool:
+        list(pool.map(os.close, fds))

@@ -77,7 +77,7 @@ def _run(arguments: Namespace) -> int:
         tracer.discovery.host()
         print(f"loaded by {tracer.loader}; an empty pair of probes costs {1e6 * (tracer.pair or 0):.1f} µs here")
         for attachment in tracer.attacher.all():
-            print(f"{attachment.path}: {attachment.count} probes")
+            print(f"{attachment.path}: {attachment.functions} functions")
         tracer.close()
         return 0
     try:

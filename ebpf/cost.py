@@ -13,6 +13,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ebpf import elf, kernel
@@ -22,7 +23,7 @@ _FUNCTION = "a64l"
 _CALLS = 200
 
 
-def measure_pair(program_fd: int) -> float | None:
+def measure_pair(program_fd: int, multi: bool) -> float | None:
     """Seconds that an empty pair of probes costs here; None if it cannot be told."""
     try:
         with open("/proc/self/maps", "rb") as maps:
@@ -38,13 +39,16 @@ def measure_pair(program_fd: int) -> float | None:
         call = getattr(ctypes.CDLL(None), _FUNCTION)
         call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_long
         bare = _time(call)
-        kind = kernel.uprobe_type()
-        probes = [kernel.attach_uprobe(program_fd, path, offset, at_return, kind) for at_return in (True, False)]
+        if multi:
+            probes = [kernel.attach_uprobes(program_fd, path, [offset], both) for both in (True, False)]
+        else:
+            kind = kernel.uprobe_type()
+            probes = [kernel.attach_uprobe(program_fd, path, offset, both, kind) for both in (True, False)]
         try:
             probed = _time(call)
         finally:
-            for probe in probes:
-                os.close(probe)
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(os.close, probes))
     except (OSError, elf.ElfError, KeyError, AttributeError):
         return None
     return max(probed - bare, 0.0)

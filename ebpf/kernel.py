@@ -13,7 +13,7 @@ import fcntl
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -21,7 +21,7 @@ _NUMBERS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """bpf and perf_event_open (asm/unistd.h)."""
 
 MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY = 0, 1, 2, 3, 4
-RAW_TRACEPOINT_OPEN, OBJ_GET_INFO, MAP_LOOKUP_BATCH = 17, 15, 24
+RAW_TRACEPOINT_OPEN, MAP_LOOKUP_BATCH, LINK_CREATE = 17, 24, 28
 """Commands of bpf(2) (linux/bpf.h)."""
 
 BATCH = 4096
@@ -148,17 +148,28 @@ class Map:
         os.close(self.fd)
 
 
-def program_instructions(fd: int) -> int:
-    """Bytes of a loaded program as translated by the verifier; a quick way to see that it is there."""
-    info = ctypes.create_string_buffer(232)
-    bpf(OBJ_GET_INFO, struct.pack("=IIQ", fd, len(info), ctypes.addressof(info)))
-    return int(struct.unpack_from("=I", info, 20)[0])
-
-
 def attach_raw_tracepoint(program_fd: int, name: str) -> int:
     """Run a program at a kernel tracepoint; the descriptor's close ends it."""
     of_name = ctypes.create_string_buffer(name.encode())
     return bpf(RAW_TRACEPOINT_OPEN, struct.pack("=QII", ctypes.addressof(of_name), program_fd, 0))
+
+
+UPROBE_MULTI = 48
+"""Attach type of a program that one link puts at many places of a file (BPF_TRACE_UPROBE_MULTI)."""
+_MULTI_SINCE = (6, 6)
+
+
+def has_uprobe_multi(version: tuple[int, int]) -> bool:
+    """Whether a kernel has such links. They go in a moment; perf events are taken off one by one, some 80 ms each."""
+    return version >= _MULTI_SINCE
+
+
+def attach_uprobes(program_fd: int, path: str, offsets: Sequence[int], at_return: bool) -> int:
+    """Run a program, loaded for `UPROBE_MULTI`, at a file's offsets; the descriptor's close ends it."""
+    of_path = ctypes.create_string_buffer(os.fsencode(path))
+    of_offsets = (ctypes.c_uint64 * len(offsets))(*offsets)
+    where = (ctypes.addressof(of_path), ctypes.addressof(of_offsets), 0, 0, len(offsets), int(at_return), 0, 0)
+    return bpf(LINK_CREATE, struct.pack("=IIIIQQQQIIII", program_fd, 0, UPROBE_MULTI, 0, *where))
 
 
 def uprobe_type() -> int:

@@ -82,6 +82,7 @@ class Tracer:
         groups = groups_of(config)
         object_file = Path(config.tracer.object) if config.tracer.object else default_object()
         version = gate.kernel_version(os.uname().release)
+        multi = kernel.has_uprobe_multi(version)
         self.maps = Maps(map_specs(config.tracer.live_entries, RING_BYTES), version)
         failures, large, starts = PER_SECOND
         rates = (failures, large, config.tracer.samples_per_second, starts)
@@ -89,15 +90,15 @@ class Tracer:
         for pid in only:
             self.maps["filter"].set(pid.to_bytes(4, "little"), (1).to_bytes(4, "little"))
         self._loaded = load(
-            config.tracer.loader, object_file, self.maps.fds, symbols.programs(groups, layers)
+            config.tracer.loader, object_file, self.maps.fds, symbols.programs(groups, layers), multi
         )
         self.loader = self._loaded.loader
         self._tracepoints = [
             kernel.attach_raw_tracepoint(self._loaded.programs[name], tracepoint)
             for name, tracepoint in RAW_TRACEPOINTS.items()
         ]
-        self.pair = measure_pair(self._loaded.programs["empty"])
-        self.attacher = Attacher(self._loaded.programs, groups, layers)
+        self.pair = measure_pair(self._loaded.programs["empty"], multi)
+        self.attacher = Attacher(self._loaded.programs, groups, layers, multi)
         self.discovery = Discovery(self.attacher, self._proc)
         self.ledger = Ledger(self.maps)
         self._events: deque[Event] = deque(maxlen=8192)
@@ -401,7 +402,7 @@ class Tracer:
             loader=self.loader,
             state=state,
             libraries=libraries,
-            probes=sum(one.count for one in attached),
+            probes=sum(one.functions for one in attached),
             unknown_functions=sum(len(one.unknown) for one in attached),
             losses=self.ledger.losses(),
             calls=calls,

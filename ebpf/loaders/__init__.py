@@ -50,21 +50,24 @@ class Loaded:
     """From the ring's descriptor and what is to be called with each event."""
 
 
-def load(choice: str, object_file: Path, maps: Mapping[str, int], wanted: frozenset[str]) -> Loaded:
+def load(
+    choice: str, object_file: Path, maps: Mapping[str, int], wanted: frozenset[str], multi: bool
+) -> Loaded:
     """Load by `choice` (auto, core or bcc); raises `LoaderError`.
 
-    `auto` takes the object if there is one that libbpf can load, else bcc; the error names what both lack.
+    `auto` takes the object if there is one that libbpf can load, else bcc; the error names what both lack. With
+    `multi` the probes' programs are loaded for `kernel.UPROBE_MULTI`.
     """
     from ebpf.loaders import bcc, core
 
     if choice == "core":
-        return core.load(object_file, maps, wanted)
+        return core.load(object_file, maps, wanted, multi)
     if choice == "bcc":
-        return bcc.load(SOURCE, maps, wanted)
+        return bcc.load(SOURCE, maps, wanted, multi)
     try:
-        return core.load(object_file, maps, wanted)
+        return core.load(object_file, maps, wanted, multi)
     except LoaderError as error:
         try:
-            return bcc.load(SOURCE, maps, wanted)
+            return bcc.load(SOURCE, maps, wanted, multi)
         except LoaderError as other:
             raise LoaderError(f"no loader works here: core: {error}; bcc: {other}") from None

@@ -15,11 +15,12 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
+from ebpf.kernel import UPROBE_MULTI
 from ebpf.layout import EVENT
 from ebpf.loaders import RAW_TRACEPOINTS, Loaded, LoaderError
 
@@ -29,18 +30,20 @@ _SOURCE_VARIABLE = "BCC_KERNEL_SOURCE"
 _DEBIAN = re.compile(r"linux-headers-(.+)-(?:amd64|arm64|cloud-amd64|cloud-arm64)\Z")
 
 
-def load(source: Path, maps: Mapping[str, int], wanted: frozenset[str]) -> Loaded:
+def load(source: Path, maps: Mapping[str, int], wanted: frozenset[str], multi: bool) -> Loaded:
     """Compile `source` and load the programs that are wanted; raises `LoaderError`."""
     module = import_bcc()
     flags = ["-DFOR_BCC=1", f"-I{source.parent}", *(f"-DMAP_{name}={fd}" for name, fd in maps.items())]
-    text = source.read_text()
+    text = source.read_bytes()
     with headers() as variables, _environment(variables), _captured() as said:
         try:
             compiled = module.BPF(text=text, cflags=flags)
             fds = {}
             for name in wanted:
-                kind = module.BPF.RAW_TRACEPOINT if name in RAW_TRACEPOINTS else module.BPF.KPROBE
-                fds[name] = os.dup(compiled.load_func(name, kind).fd)
+                is_tracepoint = name in RAW_TRACEPOINTS
+                kind = module.BPF.RAW_TRACEPOINT if is_tracepoint else module.BPF.KPROBE
+                attach_type = UPROBE_MULTI if multi and not is_tracepoint else -1
+                fds[name] = os.dup(compiled.load_func(name.encode(), kind, attach_type=attach_type).fd)
         except Exception as error:
             raise LoaderError(f"bcc: {error}: {_last_line(said())}") from None
     # The module is 100 MB of compiler; the kernel has the programs now.

@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ebpf.kernel import UPROBE_MULTI
 from ebpf.layout import EVENT
-from ebpf.loaders import Loaded, LoaderError
+from ebpf.loaders import RAW_TRACEPOINTS, Loaded, LoaderError
 
 LIBRARY = "libbpf.so.1"
 _PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -54,6 +55,7 @@ def _library(path: str) -> ctypes.CDLL:
         ("bpf_program__name", text, (pointer,)),
         ("bpf_program__fd", ctypes.c_int, (pointer,)),
         ("bpf_program__set_autoload", ctypes.c_int, (pointer, ctypes.c_bool)),
+        ("bpf_program__set_expected_attach_type", ctypes.c_int, (pointer, ctypes.c_int)),
         ("libbpf_set_print", pointer, (pointer,)),
         ("ring_buffer__new", pointer, (ctypes.c_int, _SAMPLE, pointer, pointer)),
         ("ring_buffer__consume", ctypes.c_int, (pointer,)),
@@ -72,7 +74,11 @@ def _reason(code: int) -> str:
 
 
 def load(
-    object_file: Path, maps: Mapping[str, int], wanted: frozenset[str], library: str = LIBRARY
+    object_file: Path,
+    maps: Mapping[str, int],
+    wanted: frozenset[str],
+    multi: bool,
+    library: str = LIBRARY,
 ) -> Loaded:
     """Load the programs of `object_file` that are wanted; raises `LoaderError`."""
     if not object_file.is_file():
@@ -98,6 +104,8 @@ def load(
             )
         for name, program in programs.items():
             libbpf.bpf_program__set_autoload(program, name in wanted)
+            if multi and name not in RAW_TRACEPOINTS:
+                libbpf.bpf_program__set_expected_attach_type(program, UPROBE_MULTI)
         if error := libbpf.bpf_object__load(opened):
             raise LoaderError(_refusal(object_file, error))
         fds = {name: os.dup(libbpf.bpf_program__fd(programs[name])) for name in wanted}

@@ -206,7 +206,7 @@ STATE = _own(
     "state",
 )
 LIBRARIES = _own("libraries", Kind.GAUGE, "", "Files that are probed, by library.", "library")
-PROBES = _own("probes", Kind.GAUGE, "", "Probes that are on.")
+PROBES = _own("functions", Kind.GAUGE, "", "Functions that are probed, in all libraries together.")
 UNKNOWN_SYMBOLS = _own(
     "unknown_functions",
     Kind.GAUGE,

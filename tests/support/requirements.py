@@ -196,6 +196,12 @@ REQUIREMENTS = {
             _ebpf,
             "apt-get install clang llvm libbpf-dev python3-bpfcc linux-headers-amd64",
         ),
+        Requirement(
+            "podman",
+            "podman with runc",
+            lambda: _program("podman")() or _program("runc")(),
+            "apt-get install podman runc",
+        ),
         Requirement("git", "git, in a clone", _git, "apt-get install git, and clone the repository"),
         Requirement("gpu", "an NVIDIA GPU", _gpu, "run the tests on a machine with one"),
     )
