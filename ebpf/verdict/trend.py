@@ -48,7 +48,7 @@ _ASLEEP = 0.7
 """Share of the highest floor below which an engine has given its memory back for a while."""
 _CUT = 3.0
 """Median deviations from the line above which a single floor is cut."""
-_SCATTER = 6.0
+_SCATTER = 12.0
 """Growth must be so many times the scatter around the line."""
 _LEAST_BEND = (0.9, 0.96)
 """Pace of the second half ÷ the first below which growth slows down: the lower where the scatter is large,
@@ -250,18 +250,17 @@ class _Fit:
 
 
 def _load_rise(work: Sequence[float], count: int) -> float:
-    """By how much more requests were served in the last third of a stretch than in any time as long before,
-    as a share; 0 where that is within what counts scatter, or unknown."""
+    """By how much more requests were served in the last third of a stretch than in its first, as a share; 0
+    where that is within what counts scatter, or unknown."""
     third = count // 3
+    before = -count if len(work) > count else 0
+    early = work[before + third] - work[before]
     late = work[-1] - work[-1 - third]
-    before = [work[i] - work[i - third] for i in range(third, len(work) - third)]
-    known = [served for served in before if served == served]
-    if not late > 0 or not known:
+    if not late > 0 or not early >= 0:
         return 0.0
-    highest = max(known)
-    if highest <= 0:
+    if early == 0:
         return math.inf  # its first load
-    return max(0.0, late / highest - 1 - 0.5 * math.sqrt(1 / late + 1 / highest))
+    return max(0.0, late / early - 1 - 0.5 * math.sqrt(1 / late + 1 / early))
 
 
 def follows_load(row: Row, trend: Trend) -> bool:
@@ -270,12 +269,15 @@ def follows_load(row: Row, trend: Trend) -> bool:
     A longer time tells what the scatter of counts hides in a stretch alone.
     """
     third = STRETCHES[0] // 3
-    if len(row.work) < 3 * third:
+    work = row.work
+    if len(work) < 3 * third:
         return False
-    early, late = row.work[third] - row.work[0], row.work[-1] - row.work[-1 - third]
+    late = work[-1] - work[-1 - third]
+    before = [work[i] - work[i - third] for i in range(third, len(work) - third)]
+    early = min((served for served in before if served > 0), default=0.0)
     if not early > 0 or late > 10 * early:  # unknown, or traffic has only begun
         return False
-    rise = late / early - 1 - 2 * math.sqrt(1 / late + 1 / early)
+    rise = late / early - 1 - 3 * math.sqrt(1 / late + 1 / early)
     return rise > 0 and trend.growth < _LOAD_FACTOR * rise * row.floors[-1]
 
 
