@@ -1,4 +1,4 @@
-"""Detectors made for GPU inference, each in a module of its own, and all kinds that the configuration can name."""
+"""Detectors made for GPU inference, a module each, and all kinds that the configuration can name."""
 
 from __future__ import annotations
 

@@ -40,11 +40,13 @@ SCALES = (
 """A steep leak on a flat pool shows at the first, slow ones and noisy pods need the others."""
 STEADY = 0.55
 """Share of the rise that must remain without the largest single step."""
-SLOWING = 0.4
+SLOWING = 0.7
 """The later half must rise at least so fast compared with the earlier: a cache that fills slows down."""
-LOAD_GROWTH = 1.25
-"""If the rate of requests in the window's later half exceeds the earlier's by this factor, load explains
-it."""
+LOAD_GROWTH = 1.1
+"""If the rate of requests in the window's later half exceeds the earlier's by this factor, load explains it."""
+LOAD_CREEP = 1.03
+LOAD_RISING = 0.8
+"""The same for a smaller factor if this share of all pairs of loads rises."""
 HOLD_SECONDS = 1800.0
 """A verdict stays for this long after its last confirmation."""
 NOISE_RATE = 0.05
@@ -147,10 +149,12 @@ def is_leaking(
         leaking &= per_bin > scale.noise * np.minimum(usual, np.abs(steps).mean(axis=1))
         leaking &= (floors[:, later] > floors[:, earlier]).mean(axis=1) >= scale.rising
         leaking &= total - steps.max(axis=1) >= STEADY * total
-        leaking &= steps[:, -half:].mean(axis=1) >= SLOWING * steps[:, :half].mean(axis=1)
+        cut = np.clip(steps, -2 * per_bin[:, None], 2 * per_bin[:, None])
+        leaking &= cut[:, -half:].mean(axis=1) >= SLOWING * cut[:, :half].mean(axis=1)
         middle = scale.floors // 2
         before, after = loads[:, :middle].mean(axis=1), loads[:, -middle:].mean(axis=1)
-        leaking &= ~(after > LOAD_GROWTH * before)
+        creeps = (loads[:, later] > loads[:, earlier]).mean(axis=1) >= LOAD_RISING
+        leaking &= ~((after > LOAD_GROWTH * before) | (creeps & (after > LOAD_CREEP * before)))
     return leaking
 
 
