@@ -22,7 +22,7 @@ HOLD_SECONDS = 1800.0
 CEILING_SECONDS = 86400.0
 _LOAD_ENDS = 0.5
 """A pace below this share of the minute before ends a load; what ends more slowly was none."""
-_SURELY_STRAIGHT = 0.94
+_SURELY_STRAIGHT = (0.92, 1.1)
 _STOPPED = 0.25
 """Growth below this share of the suspected pace has stopped."""
 _FREED = 0.25
@@ -150,23 +150,15 @@ class LeakWatch:
                         self._open[scale] = Why.DOUBT
                     elif self._follows_load(found, scale):
                         self._open[scale] = Why.LOAD
-                    elif scale == 0 and found.bend < _SURELY_STRAIGHT and at > self._seconded_until:
-                        # Chance makes a bend look straight once; the next minute has to say the same.
-                        self._seconded_until = at + 2.5 * BIN_SECONDS
-                        self._open[scale] = Why.SLOWING
-                        break
-                    elif self._is_news(row.floors, scale, at):
-                        self._suspect(found, scale, row.floors[-count:])
-                        return
-                elif found in _IS_GROWTH:
-                    self._open[scale] = found
-        if len(self._floors.row(0).floors) < STRETCHES[0]:
-            self.verdict = _LEARNING
-        elif self._open:
-            why = next(iter(self._open.values()))
-            self.verdict = Verdict(State.BLIND if why is Why.DOUBT else State.UNKNOWN, why)
-        else:
-            self.verdict = Verdict(State.BLIND, Why.DOUBT) if drifted else _HEALTHY
+                    elif scale == 0 and not _SURELY_STRAIGHT[0] <= found.bend <= _SURELY_STRAIGHT[1] and at
+                    > self._seconded_until: # Chance makes a bend look straight once; the next minute has to
+                    say the same. self._seconded_until = at + 2.5 * BIN_SECONDS self._open[scale] =
+                    Why.SLOWING break elif self._is_news(row.floors, scale, at): self._suspect(found, scale,
+                    row.floors[-count:]) return elif found in _IS_GROWTH: self._open[scale] = found if
+                    len(self._floors.row(0).floors) < STRETCHES[0]: self.verdict = _LEARNING elif
+                    self._open: why = next(iter(self._open.values())) self.verdict = Verdict(State.BLIND if
+                    why is Why.DOUBT else State.UNKNOWN, why) else: self.verdict = Verdict(State.BLIND,
+                    Why.DOUBT) if drifted else _HEALTHY
 
     def _follows_load(self, trend: Trend, scale: int) -> bool:
         return any(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
-from ebpf.verdict.floors import Row
+from ebpf.verdict.floors import BIN_SECONDS, Row
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -53,11 +53,12 @@ _SCATTER = 12.0
 _LEAST_BEND = (0.9, 0.96)
 """Pace of the second half ÷ the first below which growth slows down: the lower where the scatter is large,
 the upper where a small bend would be seen."""
-_MOST_BEND = 1.35
+_MOST_BEND = 1.22
 """Growth that becomes faster all the time is load that rises, or chance."""
 _BEND_SIGMAS = 2.5
-_MOST_BEND_ERROR = 0.14
-"""Standard error of the bend above which nothing can be told from it."""
+_MOST_BEND_ERROR = (0.14, 0.08)
+"""Standard error of the bend above which nothing can be told from it: for the shortest stretch, and for
+longer ones, which have grown more."""
 _LOAD_FACTOR = 1.5
 """Memory that is in step with the load may grow by so many times the load's share."""
 _SHARP_START = 2.5
@@ -141,7 +142,10 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
     served = row.work[-count:]
     requests = served[-1] - served[0]
     by_request = requests == requests and requests >= 2 * count
-    if not line.is_straight and not (by_request and _Fit(served, lasting).is_straight):
+    most_error = _MOST_BEND_ERROR[seconds > STRETCHES[0] * BIN_SECONDS]
+    if not line.is_straight(most_error) and not (
+        by_request and _Fit(served, lasting).is_straight(most_error)
+    ):
         return Why.SLOWING
     began = _beginning(row, count, line, growth)
     if began is None or (began >= count // 3 and _slows(row.floors[-count - began :])):
@@ -242,11 +246,10 @@ class _Fit:
         self.bend_error = 2 * self.scatter / math.sqrt(qq) / abs(linear) if linear else math.inf
         """Standard error of `bend`."""
 
-    @property
-    def is_straight(self) -> bool:
+    def is_straight(self, most_error: float) -> bool:
         """Whether growth neither slows down nor quickens, as far as the scatter lets that be seen."""
         least = min(max(1 - _BEND_SIGMAS * self.bend_error, _LEAST_BEND[0]), _LEAST_BEND[1])
-        return self.bend_error <= _MOST_BEND_ERROR and least <= self.bend <= _MOST_BEND
+        return self.bend_error <= most_error and least <= self.bend <= _MOST_BEND
 
 
 def _load_rise(work: Sequence[float], count: int) -> float:

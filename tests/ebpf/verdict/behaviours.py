@@ -285,7 +285,7 @@ def leak_beside_noise(rng: random.Random) -> Behaviour:
     """Beside it other memory comes and goes."""
     other = walk(rng, 60, rng.uniform(20, 300), 40 * MIB, 0, 120 * MIB)
     behaviour = _leak(rng, lambda begin, per_hour: other)
-    behaviour.hours += 3
+    behaviour.hours += 12
     return behaviour
 
 
