@@ -179,13 +179,13 @@ class Attacher:
                     for offset in offsets:
                         opened.append(kernel.attach_uprobe(program, path, offset, at_return, self._kind))
         except OSError:
-            _close(probes)
+            close_probes(probes)
             raise
         return probes
 
     def detach(self, attachment: Attachment) -> None:
         """Take a library's probes off."""
-        _close(attachment.probes)
+        close_probes(attachment.probes)
         several = self.attached[attachment.file]
         several.remove(attachment)
         if not several:
@@ -214,8 +214,8 @@ def _by_program(wanted: list[Point], at_return: bool) -> dict[tuple[str, str], l
     return found
 
 
-def _close(probes: Mapping[str, list[int]]) -> None:
-    """Each close waits until no processor runs the probe any more; at the same time they wait together."""
+def close_probes(probes: Mapping[str, list[int]]) -> None:
+    """Take probes off. Each close waits until no processor runs the probe any more; together they wait once."""
     fds = [fd for several in probes.values() for fd in several]
     if not fds:
         return
