@@ -150,15 +150,30 @@ class LeakWatch:
                         self._open[scale] = Why.DOUBT
                     elif self._follows_load(found, scale):
                         self._open[scale] = Why.LOAD
-                    elif scale == 0 and not _SURELY_STRAIGHT[0] <= found.bend <= _SURELY_STRAIGHT[1] and at
-                    > self._seconded_until: # Chance makes a bend look straight once; the next minute has to
-                    say the same. self._seconded_until = at + 2.5 * BIN_SECONDS self._open[scale] =
-                    Why.SLOWING break elif self._is_news(row.floors, scale, at): self._suspect(found, scale,
-                    row.floors[-count:]) return elif found in _IS_GROWTH: self._open[scale] = found if
-                    len(self._floors.row(0).floors) < STRETCHES[0]: self.verdict = _LEARNING elif
-                    self._open: why = next(iter(self._open.values())) self.verdict = Verdict(State.BLIND if
-                    why is Why.DOUBT else State.UNKNOWN, why) else: self.verdict = Verdict(State.BLIND,
-                    Why.DOUBT) if drifted else _HEALTHY
+                    elif scale == 0 and self._is_chance(found, at):
+                        self._open[scale] = Why.SLOWING
+                        break
+                    elif self._is_news(row.floors, scale, at):
+                        self._suspect(found, scale, row.floors[-count:])
+                        return
+                elif found in _IS_GROWTH:
+                    self._open[scale] = found
+        if len(self._floors.row(0).floors) < STRETCHES[0]:
+            self.verdict = _LEARNING
+        elif self._open:
+            why = next(iter(self._open.values()))
+            self.verdict = Verdict(State.BLIND if why is Why.DOUBT else State.UNKNOWN, why)
+        else:
+            self.verdict = Verdict(State.BLIND, Why.DOUBT) if drifted else _HEALTHY
+
+    def _is_chance(self, trend: Trend, at: float) -> bool:
+        """Chance makes a bend look straight once: unless it is quite straight the next minute has to say the
+        same."""
+        least, most = _SURELY_STRAIGHT
+        if least <= trend.bend <= most or at <= self._seconded_until:
+            return False
+        self._seconded_until = at + 2.5 * BIN_SECONDS
+        return True
 
     def _follows_load(self, trend: Trend, scale: int) -> bool:
         return any(
