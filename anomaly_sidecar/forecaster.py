@@ -29,8 +29,8 @@ class Forecaster:
     """All state of the forecasts of `rows` series."""
 
     step: float
-    horizons: NDArray[np.int64]
-    """(horizons,) in cells, ascending."""
+    cells_ahead: tuple[int, ...]
+    """Horizons in cells, ascending."""
     nonnegative: bool
     history: History
     ridge: Ridge
@@ -50,6 +50,11 @@ class Forecaster:
     chosen: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
     """(rows, horizons) number of the candidate."""
 
+    @property
+    def horizons(self) -> NDArray[np.int64]:
+        """(horizons,) in cells, ascending."""
+        return np.array(self.cells_ahead, np.int64)
+
     @classmethod
     def empty(
         cls, rows: int, step: float, horizons: Sequence[int], quantiles: Sequence[float], nonnegative: bool
@@ -61,7 +66,7 @@ class Forecaster:
         width = len(CANDIDATES) + 1 + len(quantiles) + 2
         return cls(
             step=step,
-            horizons=cells,
+            cells_ahead=tuple(horizons),
             nonnegative=nonnegative,
             history=History.empty(rows, step),
             ridge=Ridge.empty(rows, count, FEATURES),

@@ -55,8 +55,8 @@ class Gate:
     """(rows, horizons, quantiles) in units of `scale`."""
     scale: Floats
     """(rows, horizons) moving mean of the absolute error; NaN until the first."""
-    quantiles: Floats
-    """(quantiles,) ascending."""
+    quantiles: tuple[float, ...]
+    """Ascending."""
 
     @classmethod
     def empty(cls, rows: int, horizons: int, candidates: int, quantiles: Sequence[float]) -> Gate:
@@ -69,7 +69,7 @@ class Gate:
             covered=np.zeros((rows, horizons, count)),
             margins=np.tile([_normal_margin(q) for q in quantiles], (rows, horizons, 1)),
             scale=np.full((rows, horizons), np.nan),
-            quantiles=np.asarray(quantiles, np.float64),
+            quantiles=tuple(quantiles),
         )
 
     def learn(
@@ -120,10 +120,11 @@ class Gate:
         moved = np.where(np.isnan(scale), size, scale + rate * (size - scale))
         self.scale[:, horizon] = np.where(there, np.maximum(moved, 1e-12), scale)
         above = value[:, None] > bounds + 1e-9 * np.abs(bounds)
-        target = 1.0 - self.quantiles
+        quantiles = np.array(self.quantiles)
+        target = 1.0 - quantiles
         change = RATE * (above - target) * there[:, None]
-        low = np.where(self.quantiles >= 0.5, 0.0, -MAX_MARGIN)
-        high = np.where(self.quantiles <= 0.5, 0.0, MAX_MARGIN)
+        low = np.where(quantiles >= 0.5, 0.0, -MAX_MARGIN)
+        high = np.where(quantiles <= 0.5, 0.0, MAX_MARGIN)
         self.margins[:, horizon] = np.clip(self.margins[:, horizon] + change, low, high)
         share = np.maximum(
             1.0 - 0.5 ** (step / HALF_LIFE), 1.0 / np.maximum(self.published[:, horizon, 0], 1.0)

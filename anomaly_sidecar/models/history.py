@@ -125,7 +125,9 @@ class History:
         fresh = there & np.isnan(self.scale)
         # A moving mean that begins as a plain mean: the first cell is no better than the others.
         rate = np.maximum(1.0 / np.maximum(self.seen, 1), 1.0 - 0.5 ** (self.step / DAY))
-        moved = np.maximum(self.scale + rate * (np.abs(value) - self.scale), 1e-9)
+        # A value that nobody has seen the like of counts in full when the next one is so, too.
+        cut = np.minimum(np.abs(value), np.fmax(SURPRISE * self.scale, np.abs(before)))
+        moved = np.maximum(self.scale + rate * (cut - self.scale), 1e-9)
         self.scale = np.where(fresh, np.maximum(np.abs(value), 1e-9), np.where(there, moved, self.scale))
         self._move_change(connected, np.abs(value - before), rate)
         for number, hours in enumerate(AVERAGES):

@@ -86,10 +86,14 @@ def fit(values: Floats, first: int, period: int) -> Fit | None:
     pattern[(first + len(values) - period + np.arange(period)) % period] = last[around].mean(axis=1)
     adjusted = values - pattern[(first + np.arange(len(values))) % period]
     scale = float(np.nanstd(adjusted))
-    if not np.isfinite(scale) or scale <= 0.0:
+    if not scale > 1e-9 * float(np.nanmean(np.abs(values))):
         return None
     model = UnobservedComponents(
-        (adjusted - np.nanmean(adjusted)) / scale, level="llevel", irregular=False, autoregressive=1
+        (adjusted - np.nanmean(adjusted)) / scale,
+        level=True,
+        stochastic_level=True,
+        irregular=False,
+        autoregressive=1,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence: judged by the forecasts, not by the optimiser
