@@ -78,10 +78,9 @@ ADDRESS = OF_MAPPING - 1
 STACK_DEPTH = 32
 """Frames kept of a stack."""
 
-SETTINGS = struct.Struct("=Q4III")
+SETTINGS = struct.Struct("=Q4III8Q")
 PROCESS = struct.Struct("=QII")
 RECORD = struct.Struct("=9QqII16s")
-CALL = struct.Struct("=6QIHhQQQihBBII")
 LIVE_KEY = struct.Struct("=QQ")
 LIVE = struct.Struct("=QQQihBxII")
 TOTALS_KEY = struct.Struct("=QQhBBI")
@@ -89,8 +88,7 @@ TOTALS = struct.Struct(f"={10 + SIZE_SLOTS + LATENCY_SLOTS}Q")
 FAILURE_KEY = struct.Struct("=QIBBBx")
 CONTEXT_KEY = struct.Struct("=QQ")
 CONTEXT = struct.Struct("=QiI")
-CURRENT = struct.Struct("=9Q")
-WINDOW = struct.Struct("=QQ")
+THREAD = struct.Struct("=12Q192x")
 EVENT = struct.Struct("=5QIIiIBBBBhxx")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
@@ -190,16 +188,15 @@ def map_specs(live_entries: int, ring_bytes: int) -> dict[str, MapSpec]:
         "filter": MapSpec(HASH, 4, 4, 4096),
         "processes": MapSpec(HASH, 4, PROCESS.size, 4096),
         "records": MapSpec(HASH, 8, RECORD.size, 8192, sparse=True),
-        "calls": MapSpec(HASH, 8, CALL.size, 8192),
+        "threads": MapSpec(HASH, 8, THREAD.size, 16384, sparse=True),
+        "no_thread": MapSpec(ARRAY, 4, THREAD.size, 1),
         "live": MapSpec(HASH, LIVE_KEY.size, LIVE.size, live_entries, sparse=True),
         "totals": MapSpec(HASH, TOTALS_KEY.size, TOTALS.size, 16384, sparse=True),
         "nothing": MapSpec(ARRAY, 4, TOTALS.size, 1),
         "failures": MapSpec(HASH, FAILURE_KEY.size, 8, 4096, sparse=True),
         "contexts": MapSpec(HASH, CONTEXT_KEY.size, CONTEXT.size, 4096, sparse=True),
         "destroyed": MapSpec(HASH, 8, 8, 8192, sparse=True),
-        "current": MapSpec(HASH, 8, CURRENT.size, 32768, sparse=True),
         "losses": MapSpec(PERCPU_ARRAY, 4, 8, len(LOSSES)),
-        "windows": MapSpec(ARRAY, 4, WINDOW.size, len(EventType)),
         "stacks": MapSpec(STACK_TRACE, 4, STACK.size, 8192),
         "events": MapSpec(RINGBUF, 0, 0, ring_bytes),
     }

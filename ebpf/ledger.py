@@ -104,14 +104,21 @@ class Ledger:
         self._cpus = possible_cpus()
 
     def records(self) -> dict[int, Record]:
-        """All lives by id."""
-        return {
+        """All lives by id, with what their threads have not handed over yet."""
+        found = {
             id: Record(*values)
             for keys, data in self._maps["records"].batches()
             for (id,), values in zip(
                 layout.U64.iter_unpack(keys), layout.RECORD.iter_unpack(data), strict=True
             )
         }
+        for _, data in self._maps["threads"].batches():
+            for id, calls, spent, *_ in layout.THREAD.iter_unpack(data):
+                if (record := found.get(id)) is not None:
+                    found[id] = record._replace(
+                        calls=record.calls + calls, spent_ns=record.spent_ns + spent
+                    )
+        return found
 
     def current(self) -> dict[int, int]:
         """The id under which each pid's calls are booked now."""
@@ -222,3 +229,12 @@ class Ledger:
         id = self.current().get(pid)
         if id is not None:
             self._maps["processes"].set(layout.U32.pack(pid), layout.PROCESS.pack(id, 1, 0))
+            threads = self._maps["threads"]
+            known = [
+                layout.U64.pack(who)
+                for keys, _ in threads.batches()
+                for (who,) in layout.U64.iter_unpack(keys)
+                if who >> 32 == pid
+            ]
+            for raw in known:
+                threads.delete(raw)

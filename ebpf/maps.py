@@ -46,7 +46,7 @@ class Maps:
         self, large_bytes: int, per_second: tuple[int, int, int, int], only_listed: bool, stacks: bool
     ) -> None:
         """Write the program's settings."""
-        packed = SETTINGS.pack(large_bytes, *per_second, int(only_listed), int(stacks))
+        packed = SETTINGS.pack(large_bytes, *per_second, int(only_listed), int(stacks), *[0] * 8)
         self["settings"].set(bytes(4), packed)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ enum end_reason { ALIVE = 0, LEADER_EXITED = 1, EXECED = 2 };
 /* What is counted when something could not be kept. */
 enum loss {
   LOST_PROCESS = 0, /* the table of processes is full: its calls are not seen */
-  LOST_CALL,        /* the table of calls under way is full: this call is not counted */
+  LOST_CALL,        /* the table of threads is full: this call is not counted */
   LOST_TOTALS,      /* the table of sums is full: this call is not counted */
   LOST_LIVE,        /* the table of live allocations is full: this one is counted as allocated, not as live */
   LOST_FAILURE,     /* the table of failures by code is full */
@@ -68,6 +68,8 @@ struct settings {
   __u32 per_second[EVENT_TYPES];    /* most events of each type */
   __u32 only_listed;                /* trace only the processes in `filter` */
   __u32 stacks;                     /* note the user's stack of each allocation */
+  __u64 second[EVENT_TYPES];        /* the program's own: the current one, and events told in it */
+  __u64 taken[EVENT_TYPES];
 };
 
 /* processes: tgid -> */
@@ -94,7 +96,6 @@ struct record {
   char comm[16];
 };
 
-/* calls: tid and tgid, highest bit the layer -> a call under way */
 struct live {
   __u64 size; /* 0: none */
   __u64 time_ns;
@@ -108,7 +109,7 @@ struct live {
 };
 
 struct call {
-  __u64 start_ns;
+  __u64 start_ns; /* 0: none is under way */
   __u64 sp;
   __u64 id;
   __u64 out; /* where the result is written */
@@ -118,6 +119,16 @@ struct call {
   __u16 kind;
   __s16 device;
   struct live taken; /* what a free took out of the ledger when it began */
+};
+
+/* threads: tid and tgid -> what a thread that makes calls is at. Only the thread itself changes it. */
+struct thread {
+  __u64 id;
+  __u64 calls;    /* booked, and not yet in its process's record */
+  __u64 spent_ns;
+  __u64 depth;
+  __u64 handles[CONTEXT_DEPTH]; /* its contexts, the last one is current */
+  struct call under_way[2];     /* by layer */
 };
 
 /* live: */
@@ -171,18 +182,6 @@ struct context {
   __u64 number; /* of an OF_PRIMARY key: the handle */
   __s32 device;
   __u32 retained;
-};
-
-/* current: tid and tgid -> handles of a thread's contexts, the last one is current */
-struct current {
-  __u64 handles[CONTEXT_DEPTH];
-  __u64 depth;
-};
-
-/* windows: event type -> */
-struct window {
-  __u64 second;
-  __u64 taken;
 };
 
 struct event {

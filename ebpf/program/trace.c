@@ -20,16 +20,15 @@ DECLARE_MAP(settings, BPF_MAP_TYPE_ARRAY, __u32, struct settings)
 DECLARE_MAP(filter, BPF_MAP_TYPE_HASH, __u32, __u32)
 DECLARE_MAP(processes, BPF_MAP_TYPE_HASH, __u32, struct process)
 DECLARE_MAP(records, BPF_MAP_TYPE_HASH, __u64, struct record)
-DECLARE_MAP(calls, BPF_MAP_TYPE_HASH, __u64, struct call)
+DECLARE_MAP(threads, BPF_MAP_TYPE_HASH, __u64, struct thread)
+DECLARE_MAP(no_thread, BPF_MAP_TYPE_ARRAY, __u32, struct thread)
 DECLARE_MAP(live, BPF_MAP_TYPE_HASH, struct live_key, struct live)
 DECLARE_MAP(totals, BPF_MAP_TYPE_HASH, struct totals_key, struct totals)
 DECLARE_MAP(nothing, BPF_MAP_TYPE_ARRAY, __u32, struct totals)
 DECLARE_MAP(failures, BPF_MAP_TYPE_HASH, struct failure_key, __u64)
 DECLARE_MAP(contexts, BPF_MAP_TYPE_HASH, struct context_key, struct context)
 DECLARE_MAP(destroyed, BPF_MAP_TYPE_HASH, __u64, __u64)
-DECLARE_MAP(current, BPF_MAP_TYPE_HASH, __u64, struct current)
 DECLARE_MAP(losses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64)
-DECLARE_MAP(windows, BPF_MAP_TYPE_ARRAY, __u32, struct window)
 DECLARE_MAP(stacks, BPF_MAP_TYPE_STACK_TRACE, __u32, __u64)
 DECLARE_MAP(events, BPF_MAP_TYPE_RINGBUF, __u32, __u32)
 
@@ -91,13 +90,25 @@ INLINE __u64 caller(__u64 who) {
   return first_call(tgid);
 }
 
-INLINE void charge(__u64 id, __u64 since, __u32 calls) {
-  struct record *record = LOOKUP(records, &id);
-  if (!record)
-    return;
-  ADD(record->spent_ns, bpf_ktime_get_ns() - since);
-  if (calls)
-    ADD(record->calls, 1);
+/* The calling thread, if its process is traced. Found by one look for all calls but the first. */
+INLINE struct thread *this_thread(__u64 who) {
+  struct thread *thread = LOOKUP(threads, &who);
+  if (thread)
+    return thread;
+  __u64 id = caller(who);
+  if (!id)
+    return 0;
+  __u32 zero = 0;
+  struct thread *nothing = LOOKUP(no_thread, &zero);
+  if (nothing)
+    STORE_NEW(threads, &who, nothing);
+  thread = LOOKUP(threads, &who);
+  if (!thread) {
+    count_loss_of(id, LOST_CALL);
+    return 0;
+  }
+  thread->id = id;
+  return thread;
 }
 
 /* Sums */
@@ -176,28 +187,25 @@ INLINE int went_with_context(__u64 id, struct live *live, __u8 layer) {
 
 /* Events */
 
-INLINE int may_tell(__u32 type, __u64 now) {
-  __u32 zero = 0;
-  struct settings *settings = LOOKUP(settings, &zero);
-  struct window *window = LOOKUP(windows, &type);
-  if (!settings || !window || type >= EVENT_TYPES)
+INLINE int may_tell(struct settings *settings, __u32 type, __u64 now) {
+  if (type >= EVENT_TYPES)
     return 0;
   __u64 second = now >> 30;
-  if (window->second != second) {
-    window->second = second;
-    window->taken = 0;
+  if (settings->second[type] != second) {
+    settings->second[type] = second;
+    settings->taken[type] = 0;
   }
-  if (window->taken >= settings->per_second[type]) {
+  if (settings->taken[type] >= settings->per_second[type]) {
     if (type != EVENT_SAMPLE)
       count_loss(HELD_BACK + type);
     return 0;
   }
-  ADD(window->taken, 1);
+  ADD(settings->taken[type], 1);
   return 1;
 }
 
-INLINE struct event *new_event(__u32 type, __u64 now, __u64 id, __u64 who) {
-  if (!may_tell(type, now))
+INLINE struct event *new_event(struct settings *settings, __u32 type, __u64 now, __u64 id, __u64 who) {
+  if (!may_tell(settings, type, now))
     return 0;
   struct event *event = bpf_ringbuf_reserve(MAP(events), sizeof(struct event), 0);
   if (!event) {
@@ -215,10 +223,8 @@ INLINE struct event *new_event(__u32 type, __u64 now, __u64 id, __u64 who) {
   return event;
 }
 
-INLINE __s32 stack_of(void *ctx) {
-  __u32 zero = 0;
-  struct settings *settings = LOOKUP(settings, &zero);
-  if (!settings || !settings->stacks)
+INLINE __s32 stack_of(void *ctx, struct settings *settings) {
+  if (!settings->stacks)
     return -1;
   long stack = GET_STACK(ctx, MAP(stacks), BPF_F_USER_STACK);
   if (stack < 0)
@@ -252,35 +258,25 @@ INLINE struct context *context_of(__u64 id, __u64 handle, __s32 device) {
   return context;
 }
 
-INLINE void set_current(__u64 who, __u64 handle, int push) {
-  struct current *current = LOOKUP(current, &who);
-  if (!current) {
-    struct current fresh = {};
-    fresh.handles[0] = handle;
-    fresh.depth = 1;
-    if (STORE(current, &who, &fresh))
-      count_loss(LOST_CONTEXT);
-    return;
-  }
-  __u64 depth = current->depth;
+INLINE void set_current(struct thread *thread, __u64 handle, int push) {
+  __u64 depth = thread->depth;
   if (push || !depth)
     depth += 1;
-  current->depth = depth;
+  thread->depth = depth;
   if (depth >= 1 && depth <= CONTEXT_DEPTH)
-    current->handles[(depth - 1) & (CONTEXT_DEPTH - 1)] = handle;
+    thread->handles[(depth - 1) & (CONTEXT_DEPTH - 1)] = handle;
 }
 
-INLINE void pop_current(__u64 who) {
-  struct current *current = LOOKUP(current, &who);
-  if (current && current->depth)
-    current->depth -= 1;
+INLINE void pop_current(struct thread *thread) {
+  if (thread->depth)
+    thread->depth -= 1;
 }
 
-INLINE __u64 current_handle(__u64 who) {
-  struct current *current = LOOKUP(current, &who);
-  if (!current || !current->depth || current->depth > CONTEXT_DEPTH)
+INLINE __u64 current_handle(struct thread *thread) {
+  __u64 depth = thread->depth;
+  if (!depth || depth > CONTEXT_DEPTH)
     return 0;
-  return current->handles[(current->depth - 1) & (CONTEXT_DEPTH - 1)];
+  return thread->handles[(depth - 1) & (CONTEXT_DEPTH - 1)];
 }
 
 INLINE void free_with_context(__u64 id, __u64 number, __s16 device, __u8 layer) {
@@ -400,7 +396,11 @@ INLINE void unmap_one(__u64 id, struct live *mapping, __u64 ns) {
   }
 }
 
-INLINE void allocated(void *ctx, struct call *call, __u64 who, __u8 layer, __u64 address, __u64 now) {
+INLINE void allocated(void *ctx, struct thread *thread, struct call *call, __u8 layer, __u64 address, __u64 now) {
+  __u32 zero = 0;
+  struct settings *settings = LOOKUP(settings, &zero);
+  if (!settings)
+    return;
   struct live fresh = {};
   fresh.size = call->size;
   fresh.time_ns = now;
@@ -426,7 +426,7 @@ INLINE void allocated(void *ctx, struct call *call, __u64 who, __u8 layer, __u64
       fresh.device = object->device;
     }
   } else if (layer == DRIVER) {
-    __u64 handle = current_handle(who);
+    __u64 handle = current_handle(thread);
     if (handle) {
       struct context *context = context_of(call->id, handle, -1);
       if (context) {
@@ -436,14 +436,18 @@ INLINE void allocated(void *ctx, struct call *call, __u64 who, __u8 layer, __u64
       }
     }
   }
-  fresh.stack = stack_of(ctx);
+  fresh.stack = stack_of(ctx, settings);
 
-  struct live *old = LOOKUP(live, &key);
-  if (old) { /* the address was given anew, so it has been freed: by a call whose return comes later, or an unseen one */
-    if (call->op == OP_MAP)
-      unmap_one(call->id, old, 0);
-    else if (!went_with_context(call->id, old, layer))
-      book_free(call->id, old, layer, 0);
+  long full = STORE_NEW(live, &key, &fresh);
+  if (full) {
+    struct live *old = LOOKUP(live, &key);
+    if (old) { /* the address was given anew, so it has been freed: by a call whose return comes later, or an unseen one */
+      if (call->op == OP_MAP)
+        unmap_one(call->id, old, 0);
+      else if (!went_with_context(call->id, old, layer))
+        book_free(call->id, old, layer, 0);
+      full = STORE(live, &key, &fresh);
+    }
   }
   struct totals *totals = totals_of_live(call->id, &fresh, layer);
   if (!totals)
@@ -458,7 +462,7 @@ INLINE void allocated(void *ctx, struct call *call, __u64 who, __u8 layer, __u64
   slot = log2_slot((ns - 1) << 1 | 1, LATENCY_SLOTS);
   if (slot < LATENCY_SLOTS)
     ADD(totals->latencies[slot], 1);
-  if (STORE(live, &key, &fresh)) {
+  if (full) {
     count_loss_of(call->id, LOST_LIVE);
   } else {
     ADD(totals->live_bytes, fresh.size);
@@ -467,11 +471,8 @@ INLINE void allocated(void *ctx, struct call *call, __u64 who, __u8 layer, __u64
 
   if (call->op == OP_MAP)
     return;
-  __u32 zero = 0;
-  struct settings *settings = LOOKUP(settings, &zero);
-  if (!settings)
-    return;
-  struct event *event = new_event(fresh.size >= settings->large_bytes ? EVENT_LARGE : EVENT_SAMPLE, now, call->id, who);
+  struct event *event = new_event(settings, fresh.size >= settings->large_bytes ? EVENT_LARGE : EVENT_SAMPLE, now,
+                                  call->id, bpf_get_current_pid_tgid());
   if (!event)
     return;
   event->address = address;
@@ -502,7 +503,9 @@ INLINE void failed(void *ctx, struct call *call, __u64 who, __u8 layer, __u32 co
     ADD(*count, 1);
   else
     count_loss(LOST_FAILURE);
-  struct event *event = new_event(EVENT_FAILURE, now, call->id, who);
+  __u32 zero = 0;
+  struct settings *settings = LOOKUP(settings, &zero);
+  struct event *event = settings ? new_event(settings, EVENT_FAILURE, now, call->id, who) : 0;
   if (!event)
     return;
   event->address = call->address;
@@ -513,7 +516,7 @@ INLINE void failed(void *ctx, struct call *call, __u64 who, __u8 layer, __u32 co
   event->kind = call->kind;
   event->layer = layer;
   event->device = call->device;
-  event->stack = stack_of(ctx);
+  event->stack = stack_of(ctx, settings);
   bpf_ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }
 
@@ -521,23 +524,21 @@ INLINE void failed(void *ctx, struct call *call, __u64 who, __u8 layer, __u32 co
 
 INLINE void enter(void *ctx, __u64 sp, __u8 layer, struct call *call) {
   __u64 now = bpf_ktime_get_ns();
-  __u64 who = bpf_get_current_pid_tgid();
-  __u64 id = caller(who);
-  if (!id)
+  struct thread *thread = this_thread(bpf_get_current_pid_tgid());
+  if (!thread)
     return;
-  __u64 key = who | (layer == RUNTIME ? OF_RUNTIME : 0);
-  struct call *old = LOOKUP(calls, &key);
-  if (old) {
+  struct call *old = &thread->under_way[layer];
+  if (old->start_ns) {
     if (sp < old->sp)
       return; /* within a call that is counted */
     abandon(old, layer);
   }
   call->start_ns = now;
   call->sp = sp;
-  call->id = id;
+  call->id = thread->id;
   if (call->op == OP_FREE) {
     struct live_key live_key = {};
-    live_key.id = id;
+    live_key.id = call->id;
     live_key.address = call->address;
     if (layer == RUNTIME)
       live_key.address |= OF_RUNTIME;
@@ -547,11 +548,8 @@ INLINE void enter(void *ctx, __u64 sp, __u8 layer, struct call *call) {
       REMOVE(live, &live_key);
     }
   }
-  if (STORE(calls, &key, call)) {
-    abandon(call, layer);
-    count_loss_of(id, LOST_CALL);
-  }
-  charge(id, now, 0);
+  *old = *call;
+  thread->spent_ns += bpf_ktime_get_ns() - now;
 }
 
 INLINE void release_object(struct call *call, __u64 ns) {
@@ -597,28 +595,36 @@ INLINE void unmap(struct call *call, __u64 ns) {
   count_loss_of(call->id, LOST_UNMAP);
 }
 
-/* Finds the call that returns, takes it out, and books its failure. False if there is nothing left to do. */
-INLINE int returning(void *ctx, __u64 sp, __u32 result, __u8 layer, struct call *call, __u64 *now) {
+/* Finds the call that returns and books its failure. Null if there is nothing left to do. */
+INLINE struct thread *returning(void *ctx, __u64 sp, __u32 result, __u8 layer, struct call *call, __u64 *now) {
   __u64 who = bpf_get_current_pid_tgid();
-  __u64 key = who | (layer == RUNTIME ? OF_RUNTIME : 0);
-  struct call *found = LOOKUP(calls, &key);
-  if (!found || sp != found->sp + RETURN_POPS)
+  struct thread *thread = LOOKUP(threads, &who);
+  if (!thread)
+    return 0;
+  struct call *found = &thread->under_way[layer];
+  if (!found->start_ns || sp != found->sp + RETURN_POPS)
     return 0; /* of a call within another one, or of one that began before the probes were there */
   *call = *found;
-  REMOVE(calls, &key);
+  found->start_ns = 0;
   *now = bpf_ktime_get_ns();
+  thread->calls += 1;
   if (!result)
-    return 1;
+    return thread;
   abandon(call, layer);
   failed(ctx, call, who, layer, result, *now);
-  charge(call->id, *now, 1);
+  return 0;
+}
+
+INLINE int booked(struct thread *thread, __u64 since) {
+  thread->spent_ns += bpf_ktime_get_ns() - since;
   return 0;
 }
 
 INLINE int leave_alloc(void *ctx, __u64 sp, __u32 result, __u8 layer) {
   struct call call;
   __u64 now, address = 0, pitch = 0;
-  if (!returning(ctx, sp, result, layer, &call, &now))
+  struct thread *thread = returning(ctx, sp, result, layer, &call, &now);
+  if (!thread)
     return 0;
   int is_32 = call.op == OP_ALLOC_32 || call.op == OP_PITCH_32;
   int is_pitch = call.op == OP_PITCH || call.op == OP_PITCH_32;
@@ -630,15 +636,15 @@ INLINE int leave_alloc(void *ctx, __u64 sp, __u32 result, __u8 layer) {
   if (missing)
     count_loss_of(call.id, LOST_RESULT);
   else if (address && call.size)
-    allocated(ctx, &call, bpf_get_current_pid_tgid(), layer, address, now);
-  charge(call.id, now, 1);
-  return 0;
+    allocated(ctx, thread, &call, layer, address, now);
+  return booked(thread, now);
 }
 
 INLINE int leave_free(void *ctx, __u64 sp, __u32 result, __u8 layer) {
   struct call call;
   __u64 now;
-  if (!returning(ctx, sp, result, layer, &call, &now))
+  struct thread *thread = returning(ctx, sp, result, layer, &call, &now);
+  if (!thread)
     return 0;
   if (!call.taken.size) {
     if (call.address)
@@ -646,8 +652,7 @@ INLINE int leave_free(void *ctx, __u64 sp, __u32 result, __u8 layer) {
   } else if (!went_with_context(call.id, &call.taken, layer)) {
     book_free(call.id, &call.taken, layer, now - call.start_ns);
   }
-  charge(call.id, now, 1);
-  return 0;
+  return booked(thread, now);
 }
 
 PROBE(left_alloc) { return leave_alloc(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER); }
@@ -658,41 +663,42 @@ PROBE(runtime_left_free) { return leave_free(ctx, STACK_POINTER(ctx), RESULT(ctx
 PROBE(runtime_left_reset) {
   struct call call;
   __u64 now;
-  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), RUNTIME, &call, &now))
+  struct thread *thread = returning(ctx, STACK_POINTER(ctx), RESULT(ctx), RUNTIME, &call, &now);
+  if (!thread)
     return 0;
   free_with_context(call.id, 0, -1, RUNTIME);
   struct record *record = LOOKUP(records, &call.id);
   if (record)
     record->runtime_reset_ns = now;
-  charge(call.id, now, 1);
-  return 0;
+  return booked(thread, now);
 }
 
 PROBE(left_map) {
   struct call call;
   __u64 now;
-  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+  struct thread *thread = returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now);
+  if (!thread)
     return 0;
   if (call.size)
-    allocated(ctx, &call, bpf_get_current_pid_tgid(), DRIVER, call.address, now);
-  charge(call.id, now, 1);
-  return 0;
+    allocated(ctx, thread, &call, DRIVER, call.address, now);
+  return booked(thread, now);
 }
 
 PROBE(left_unmap) {
   struct call call;
   __u64 now;
-  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+  struct thread *thread = returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now);
+  if (!thread)
     return 0;
   unmap(&call, now - call.start_ns);
-  charge(call.id, now, 1);
-  return 0;
+  return booked(thread, now);
 }
 
 PROBE(left_handle) {
   struct call call;
   __u64 now, handle = 0;
-  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+  struct thread *thread = returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now);
+  if (!thread)
     return 0;
   if (call.op == OP_RELEASE) {
     release_object(&call, now - call.start_ns);
@@ -704,31 +710,30 @@ PROBE(left_handle) {
     if (object)
       object->references += 1;
   }
-  charge(call.id, now, 1);
-  return 0;
+  return booked(thread, now);
 }
 
 PROBE(left_context) {
   struct call call;
-  __u64 now, handle = 0, who = bpf_get_current_pid_tgid();
-  if (!returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now))
+  __u64 now, handle = 0;
+  struct thread *thread = returning(ctx, STACK_POINTER(ctx), RESULT(ctx), DRIVER, &call, &now);
+  if (!thread)
     return 0;
   if (call.out && bpf_probe_read_user(&handle, 8, (void *)call.out)) {
     count_loss_of(call.id, LOST_RESULT);
   } else if (call.op == OP_CONTEXT_CREATE) {
     context_of(call.id, handle, call.device);
-    set_current(who, handle, 1);
+    set_current(thread, handle, 1);
   } else if (call.op == OP_CONTEXT_DESTROY) {
-    if (current_handle(who) == call.address)
-      pop_current(who);
+    if (current_handle(thread) == call.address)
+      pop_current(thread);
     destroy_context(call.id, call.address, now);
   } else if (call.op == OP_PRIMARY_RETAIN) {
     primary_retained(call.id, handle, call.device);
   } else {
     primary_released(call.id, call.device, now, call.op == OP_PRIMARY_RESET);
   }
-  charge(call.id, now, 1);
-  return 0;
+  return booked(thread, now);
 }
 
 INLINE int enter_alloc(void *ctx, __u64 sp, __u8 layer, __u32 op, __u16 kind, __u64 out, __u64 size) {
@@ -843,41 +848,39 @@ PROBE(primary_reset) { return enter_device(ctx, STACK_POINTER(ctx), OP_PRIMARY_R
 /* Calls that are frequent and hardly ever fail: no probe at their return. */
 INLINE int switch_context(__u64 handle, int push) {
   __u64 now = bpf_ktime_get_ns();
-  __u64 who = bpf_get_current_pid_tgid();
-  __u64 id = caller(who);
-  if (!id)
+  struct thread *thread = this_thread(bpf_get_current_pid_tgid());
+  if (!thread)
     return 0;
-  set_current(who, handle, push);
-  charge(id, now, 1);
-  return 0;
+  set_current(thread, handle, push);
+  thread->calls += 1;
+  return booked(thread, now);
 }
 PROBE(context_set) { return switch_context(ARG1(ctx), 0); }
 PROBE(context_push) { return switch_context(ARG1(ctx), 1); }
 PROBE(context_pop) {
   __u64 now = bpf_ktime_get_ns();
-  __u64 who = bpf_get_current_pid_tgid();
-  __u64 id = caller(who);
-  if (!id)
+  struct thread *thread = this_thread(bpf_get_current_pid_tgid());
+  if (!thread)
     return 0;
-  pop_current(who);
-  charge(id, now, 1);
-  return 0;
+  pop_current(thread);
+  thread->calls += 1;
+  return booked(thread, now);
 }
 
 INLINE int count_launch(int graph) {
   __u64 now = bpf_ktime_get_ns();
-  __u64 id = caller(bpf_get_current_pid_tgid());
-  if (!id)
+  struct thread *thread = this_thread(bpf_get_current_pid_tgid());
+  if (!thread)
     return 0;
-  struct record *record = LOOKUP(records, &id);
+  struct record *record = LOOKUP(records, &thread->id);
   if (record) {
     if (graph)
       ADD(record->graph_launches, 1);
     else
       ADD(record->launches, 1);
   }
-  charge(id, now, 1);
-  return 0;
+  thread->calls += 1;
+  return booked(thread, now);
 }
 PROBE(launch) { return count_launch(0); }
 PROBE(launch_graph) { return count_launch(1); }
@@ -906,18 +909,20 @@ PROBE(empty) { return 0; }
 
 /* Ends of threads and programs. They run for all of the machine, so they look at one table and are done with others. */
 
-INLINE void forget_call(__u64 key, __u8 layer) {
-  struct call *call = LOOKUP(calls, &key);
-  if (!call)
-    return;
-  abandon(call, layer);
-  REMOVE(calls, &key);
-}
-
 INLINE void forget_thread(__u64 who) {
-  forget_call(who, DRIVER);
-  forget_call(who | OF_RUNTIME, RUNTIME);
-  REMOVE(current, &who);
+  struct thread *thread = LOOKUP(threads, &who);
+  if (!thread)
+    return;
+  if (thread->under_way[DRIVER].start_ns)
+    abandon(&thread->under_way[DRIVER], DRIVER);
+  if (thread->under_way[RUNTIME].start_ns)
+    abandon(&thread->under_way[RUNTIME], RUNTIME);
+  struct record *record = LOOKUP(records, &thread->id);
+  if (record) {
+    ADD(record->calls, thread->calls);
+    ADD(record->spent_ns, thread->spent_ns);
+  }
+  REMOVE(threads, &who);
 }
 
 INLINE void note_end(__u64 id, __u64 now, __u32 reason) {
@@ -950,7 +955,9 @@ RAW_TRACEPOINT(program_exec) {
     note_end(process->id, now, EXECED);
     REMOVE(processes, &tgid);
   }
-  struct event *event = new_event(EVENT_EXEC, now, 0, who);
+  __u32 zero = 0;
+  struct settings *settings = LOOKUP(settings, &zero);
+  struct event *event = settings ? new_event(settings, EVENT_EXEC, now, 0, who) : 0;
   if (event)
     bpf_ringbuf_submit(event, BPF_RB_FORCE_WAKEUP);
   return 0;
