@@ -43,7 +43,8 @@ STEADY = 0.55
 SLOWING = 0.7
 """The later half must rise at least so fast compared with the earlier: a cache that fills slows down."""
 LOAD_GROWTH = 1.1
-"""If the rate of requests in the window's later half exceeds the earlier's by this factor, load explains it."""
+"""If the rate of requests in the window's later half exceeds the earlier's by this factor, load explains
+it."""
 LOAD_CREEP = 1.03
 LOAD_RISING = 0.8
 """The same for a smaller factor if this share of all pairs of loads rises."""

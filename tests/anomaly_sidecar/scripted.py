@@ -14,16 +14,16 @@ START = 1_800_000_000.0 - 1_800_000_000.0 % (7 * DAY) + 4 * DAY
 
 
 def flat_pools(rng: np.random.Generator, rows: int, seconds: float, step: float) -> Floats:
-    """(rows, samples) of a pool of 70 GiB: noise of 20 MiB, and a step of 0.25 to 0.5 GiB up or down about once a
-    day (a graph that is captured, an adapter that is loaded)."""
+    """(rows, samples) of a pool of 70 GiB: noise of 20 MiB, and a step of 0.25 to 0.5 GiB up or down
+    about once a day (a graph that is captured, an adapter that is loaded)."""
     shape = (rows, int(seconds / step))
     steps = (rng.random(shape) < step / DAY) * rng.choice([-1.0, 1.0], shape) * rng.uniform(0.25, 0.5, shape)
     return 70 * GIB + rng.normal(0, 20 * 2.0**20, shape) + GIB * np.cumsum(steps, axis=1)
 
 
 def swapping_pods(rng: np.random.Generator, rows: int, seconds: float, step: float) -> Floats:
-    """(rows, samples) of pods that load and drop models all day: jumps of many GiB around a base that also moves
-    now and then."""
+    """(rows, samples) of pods that load and drop models all day: jumps of many GiB around a base that
+    also moves now and then."""
     count = int(seconds / step)
     used = np.zeros((rows, count))
     for row in range(rows):
