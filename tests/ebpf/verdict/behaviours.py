@@ -450,7 +450,7 @@ def sawtooth_to_the_same_floor(rng: random.Random) -> Behaviour:
 def fragmentation(rng: random.Random) -> Behaviour:
     """Reserved memory creeps up while free pieces do not fit, to a limit, and is given back at times."""
     bound, tau = rng.uniform(0.1, 2) * GIB, rng.uniform(120, 1500)
-    jitter = walk(rng, 26, 60, 40 * MIB, 0, 80 * MIB)
+    jitter = walk(rng, 26, 60, 12 * MIB, 0, 24 * MIB)
 
     def made(warm: float) -> Level:
         return lambda t: bound * (1 - math.exp(-max(0.0, t - warm) / tau)) + jitter(t)

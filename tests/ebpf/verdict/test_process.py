@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 
+import pytest
+
 from ebpf.verdict.leak import State
 from ebpf.verdict.process import MAX_STACKS, UNTRACKED, Processes
 from gpuglass_vllm.records import CudaMemory, CudaOwner, CudaProcess
@@ -73,6 +75,19 @@ def test_a_ledger_that_contradicts_the_driver_accuses_nobody() -> None:
     assert not list(processes.suspected())
     (watch,) = processes.by_key.values()
     assert watch.watches["device"].verdict.state is State.BLIND
+
+
+@pytest.mark.parametrize(("lost", "state"), [(8, State.BLIND), (0, State.SUSPECTED)])
+def test_a_ledger_that_misses_calls_enough_to_explain_the_growth_is_blind(lost: int, state: State) -> None:
+    processes = Processes()
+    for n in range(120):
+        live = 8 * GIB + n * 15 * GIB // 3600
+        memory = CudaMemory(
+            kind="device", live_bytes=live, allocations=5 * n, allocated_bytes=5 * n * MIB, frees=n
+        )
+        processes.take(report(15.0 * n, live, memory=[memory], lost=lost * n))
+    (watch,) = processes.by_key.values()
+    assert watch.watches["device"].verdict.state is state
 
 
 def test_who_has_ended_or_is_silent_is_forgotten() -> None:
