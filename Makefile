@@ -42,10 +42,10 @@ check-generated: .venv/.demo  ## fails if a generated file differs from what wou
 bpf: ebpf/program/trace.x86_64.o ebpf/program/trace.aarch64.o  ## compiles the CUDA tracer's program (needs clang, llvm, libbpf-dev, linux-libc-dev)
 
 ebpf/program/trace.%.o: ebpf/program/trace.c ebpf/program/layout.h ebpf/program/dialect.h
-	@command -v clang >/dev/null && command -v llvm-strip >/dev/null || { echo 'clang or llvm-strip not found: apt-get install clang llvm libbpf-dev' >&2; exit 1; }
+	@command -v clang >/dev/null && command -v llvm-objcopy >/dev/null || { echo 'clang or llvm-objcopy not found: apt-get install clang llvm libbpf-dev' >&2; exit 1; }
 	@clang -O2 -g -target bpf -DTARGET_$(shell echo $* | tr a-z A-Z) -Wall -Wextra -Werror -Wno-unused-parameter \
 		-I/usr/include/$$(uname -m)-linux-gnu -c $< -o $@.new
-	@llvm-strip -g $@.new && mv $@.new $@
+	@llvm-objcopy --strip-debug --remove-section=.BTF.ext --remove-section=.rel.BTF.ext $@.new && mv $@.new $@
 
 bench: .venv/.test  ## runs all benchmarks (QUICK=1: each under a minute) and prints a table
 	@$(BIN)/python -m tests.support.bench $(if $(QUICK),--quick)

@@ -1,9 +1,9 @@
 """Which libraries are probed: one attachment per file, whatever paths and containers lead to it.
 
-A file is known by inode number, size and times, not by device: seen through overlayfs a file has its own inode number
-and times but the overlay's device, and the kernel puts probes on the file below. So two containers that share a layer
-are probed once. Two ordinary file systems with equal numbers are still told apart by their devices.
-"""
+A file is known by inode number, size and times, not by device: seen through overlayfs a file has its own
+inode number and times but the overlay's device, and the kernel puts probes on the file below. So two
+containers that share a layer are probed once. Two ordinary file systems with equal numbers are still told
+apart by their devices."""
 
 from __future__ import annotations
 
@@ -164,8 +164,8 @@ class Attacher:
         return attachment
 
     def _open(self, fd: int, wanted: list[Point]) -> dict[str, list[int]]:
-        # By descriptor, so that it is the file that was read, whatever its path leads to by now. All returns before
-        # any entry: an entry without its return would be a call that never ends.
+        # By descriptor, so that it is the file that was read, whatever its path leads to by now. All returns
+        # before any entry: an entry without its return would be a call that never ends.
         path = f"/proc/self/fd/{fd}"
         probes: dict[str, list[int]] = {}
         try:
@@ -192,7 +192,8 @@ class Attacher:
             del self.attached[attachment.file]
 
     def detach_unused(self, now: float, linger: float) -> None:
-        """Take the probes off what no process has used for `linger` seconds: they keep its file system busy."""
+        """Take the probes off what no process has used for `linger` seconds: they keep its file system
+        busy."""
         for attachment in self.all():
             if not attachment.standing and now - attachment.seen > linger:
                 LOG.info("%s is used no more", attachment.path)
@@ -215,7 +216,8 @@ def _by_program(wanted: list[Point], at_return: bool) -> dict[tuple[str, str], l
 
 
 def close_probes(probes: Mapping[str, list[int]]) -> None:
-    """Take probes off. Each close waits until no processor runs the probe any more; together they wait once."""
+    """Take probes off. Each close waits until no processor runs the probe any more; together they wait
+    once."""
     fds = [fd for several in probes.values() for fd in several]
     if not fds:
         return

@@ -17,7 +17,10 @@ def _pid(text: str) -> int:
 
 def _configure(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="configuration file (default: GPUGLASS_CONFIG); section tracer"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="configuration file (default: GPUGLASS_CONFIG); section tracer",
     )
     parser.add_argument("--listen", metavar="ADDRESS", help="address and port; overrides tracer.listen")
     parser.add_argument(
@@ -31,9 +34,16 @@ def _configure(parser: ArgumentParser) -> None:
         "--launches", choices=("off", "graphs", "all"), help="count launches; about a microsecond each"
     )
     parser.add_argument(
-        "--pid", metavar="PID", type=_pid, action="append", default=[], help="trace only this process; repeatable"
+        "--pid",
+        metavar="PID",
+        type=_pid,
+        action="append",
+        default=[],
+        help="trace only this process; repeatable",
     )
-    parser.add_argument("--check", action="store_true", help="load the program, say what would be traced, and end")
+    parser.add_argument(
+        "--check", action="store_true", help="load the program, say what would be traced, and end"
+    )
 
 
 _OVERRIDES = ("listen", "loader", "object", "launches")
@@ -75,7 +85,9 @@ def _run(arguments: Namespace) -> int:
         raise ConfigError(f"the kernel refuses the CUDA tracer: {error}") from None
     if arguments.check:
         tracer.discovery.host()
-        print(f"loaded by {tracer.loader}; an empty pair of probes costs {1e6 * (tracer.pair or 0):.1f} µs here")
+        print(
+            f"loaded by {tracer.loader}; an empty pair of probes costs {1e6 * (tracer.pair or 0):.1f} µs here"
+        )
         for attachment in tracer.attacher.all():
             print(f"{attachment.path}: {attachment.functions} functions")
         tracer.close()
@@ -99,8 +111,10 @@ COMMAND = Command(
     "keep the ledger of CUDA memory (needs rights; off unless started)",
     _configure,
     _run,
-    "Trace the CUDA memory of all processes of this node with BPF and serve it for Prometheus until SIGTERM. Exit code 2, "
+    "Trace the CUDA memory of all processes of this node with BPF and serve it for Prometheus until "
+    "SIGTERM. Exit code 2, "
     "with one line, where rights, kernel or architecture do not allow it.",
     "  gpuglass cuda-tracer --check\n  gpuglass cuda-tracer\n"
-    "  gpuglass cuda-tracer --loader bcc --runtime\n  gpuglass cuda-tracer --pid 4711 --listen 127.0.0.1:9000",
+    "  gpuglass cuda-tracer --loader bcc --runtime\n  gpuglass cuda-tracer --pid 4711 --listen "
+    "127.0.0.1:9000",
 )

@@ -1,9 +1,8 @@
 """What tracing costs, and when that is too much.
 
-The kernel's way to a probe and back cannot be seen by the program that runs there, so an empty pair of probes is
-measured once, at the start, on a function of libc that nobody calls. A process's cost is its calls times that, plus
-the time within the programs, which they measure themselves.
-"""
+The kernel's way to a probe and back cannot be seen by the program that runs there, so an empty pair of probes
+is measured once, at the start, on a function of libc that nobody calls. A process's cost is its calls times
+that, plus the time within the programs, which they measure themselves."""
 
 from __future__ import annotations
 
@@ -77,8 +76,8 @@ class Spent:
 class Budget:
     """Watches the cost over a window and says when it is too much.
 
-    `limit` is the share of a core per traced process, 0: no limit. `pair` is the cost of an empty pair in seconds.
-    """
+    `limit` is the share of a core per traced process, 0: no limit. `pair` is the cost of an empty pair in
+    seconds."""
 
     limit: float
     pair: float

@@ -1,10 +1,10 @@
 """Finds the CUDA libraries that processes use or are about to use.
 
-Three ways lead to a library. When a program starts (the kernel says so), the places from which its loader would take
-libcuda are looked at through its root folder, so that probes are on before the first allocation; a moment later its
-memory map tells what it really loaded; and processes are looked through from time to time, those that the driver lists
-as users of a GPU more often, for what was loaded late or from elsewhere. Each look is bounded in files and bytes.
-"""
+Three ways lead to a library. When a program starts (the kernel says so), the places from which its loader
+would take libcuda are looked at through its root folder, so that probes are on before the first allocation; a
+moment later its memory map tells what it really loaded; and processes are looked through from time to time,
+those that the driver lists as users of a GPU more often, for what was loaded late or from elsewhere. Each
+look is bounded in files and bytes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ STANDARD = (
     *("usr/local/nvidia/lib64", "usr/local/cuda/compat", "usr/local/cuda/lib64"),
     *("usr/lib/wsl/lib", "run/nvidia/driver/usr/lib/x86_64-linux-gnu"),
 )
-"""Where libcuda.so.1 is looked for below a root: distributions, the container toolkit, CUDA's compatibility package,
-the GPU operator."""
+"""Where libcuda.so.1 is looked for below a root: distributions, the container toolkit, CUDA's compatibility
+package, the GPU operator."""
 
 LOOKS = (0.3, 2.0, 10.0)
 """Seconds after a program's start at which its memory map is read."""
@@ -99,8 +99,8 @@ class Discovery:
             self._candidates(root, folder)
 
     def _candidates(self, root: str, folder: str) -> None:
-        # Opened below the process's root as the kernel resolves it there; a link that leaves it would be resolved in
-        # ours, so links are followed by hand.
+        # Opened below the process's root as the kernel resolves it there; a link that leaves it would be
+        # resolved in ours, so links are followed by hand.
         for name, layer in (
             ("libcuda.so.1", Layer.DRIVER),
             *((name, Layer.RUNTIME) for name in ("libcudart.so.11.0", "libcudart.so.12", "libcudart.so.13")),
@@ -176,7 +176,8 @@ class Discovery:
 
 
 def _resolve(root: str, path: str) -> str | None:
-    """The file behind a path below `root`, links followed as a process with that root would; None without one."""
+    """The file behind a path below `root`, links followed as a process with that root would; None without
+    one."""
     at = [part for part in path.split("/") if part]
     done: list[str] = []
     for _ in range(64):

@@ -1,8 +1,9 @@
-"""What the tracer reads of a shared library: machine, exported functions with their offsets in the file, build id.
+"""What the tracer reads of a shared library: machine, exported functions with their offsets in the file,
+build id.
 
-The file may be anything that a container brings: every read is bounded, and nothing is mapped into memory, since a
-file that shrinks meanwhile would end the process. What is no library for this machine is an `ElfError`.
-"""
+The file may be anything that a container brings: every read is bounded, and nothing is mapped into memory,
+since a file that shrinks meanwhile would end the process. What is no library for this machine is an
+`ElfError`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 3
 _SYS_ADMIN = 21
 
 DEFAULT_ALLOW = ("x86_64 *",)
-"""arm64 compiles and is not tried on a machine: probes of another vendor crashed GPU nodes of that architecture."""
+"""arm64 compiles and is not tried on a machine: probes of another vendor crashed GPU nodes of that
+architecture."""
 
 
 class Refused(ConfigError):
@@ -47,7 +48,8 @@ def check(
     here = f"{machine} {release}"
     if not any(fnmatchcase(here, pattern) for pattern in allow):
         raise Refused(
-            f"tracer.allow: {here!r} is on none of its patterns ({', '.join(allow)}); add it once you have tried it "
+            f"tracer.allow: {here!r} is on none of its patterns ({', '.join(allow)}); add it once you "
+            f"have tried it "
             "on a node that may crash"
         )
     if kernel_version(release) < OLDEST:
@@ -56,7 +58,8 @@ def check(
     _check_rights(root)
     if not (root / "sys/bus/event_source/devices/uprobe/type").exists():
         raise Refused(
-            "the kernel offers no uprobes (CONFIG_UPROBE_EVENTS), or /sys is not mounted: in a container mount the "
+            "the kernel offers no uprobes (CONFIG_UPROBE_EVENTS), or /sys is not mounted: in a container "
+            "mount the "
             "host's /sys read-only"
         )
 

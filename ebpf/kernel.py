@@ -1,9 +1,8 @@
 """The system calls that the tracer makes: bpf(2), perf_event_open(2) for probes, pidfd_open(2).
 
-In flow file descriptors and bytes, out flow file descriptors and bytes; what the kernel refuses is an `OSError`.
-Probes are perf events of the kernel's `uprobe` device, so neither loader needs tracefs, and the kernel takes a
-probe off as soon as its descriptor is closed, however the process ends.
-"""
+In flow file descriptors and bytes, out flow file descriptors and bytes; what the kernel refuses is an
+`OSError`. Probes are perf events of the kernel's `uprobe` device, so neither loader needs tracefs, and the
+kernel takes a probe off as soon as its descriptor is closed, however the process ends."""
 
 from __future__ import annotations
 
@@ -26,6 +25,9 @@ RAW_TRACEPOINT_OPEN, MAP_LOOKUP_BATCH, LINK_CREATE = 17, 24, 28
 
 BATCH = 4096
 """Entries of a map that are read at a time."""
+
+BATCH_BYTES = 1 << 18
+"""Bytes of their values, at most."""
 
 _PERF_CLOEXEC = 8
 _SET_BPF, _ENABLE = 0x40042408, 0x2400
@@ -102,7 +104,7 @@ class Map:
 
     def batches(self) -> Iterator[tuple[memoryview, memoryview]]:
         """Keys and values, concatenated, some thousand at a time; what changes meanwhile may come or not."""
-        count = min(BATCH, max(self.max_entries, 1))
+        count = max(min(BATCH, BATCH_BYTES // self.value_size, self.max_entries), 16)
         position: ctypes.Array[ctypes.c_char] | None = None
         while True:
             keys = ctypes.create_string_buffer(count * self.key_size)
@@ -160,7 +162,8 @@ _MULTI_SINCE = (6, 6)
 
 
 def has_uprobe_multi(version: tuple[int, int]) -> bool:
-    """Whether a kernel has such links. They go in a moment; perf events are taken off one by one, some 80 ms each."""
+    """Whether a kernel has such links. They go in a moment; perf events are taken off one by one, some 80 ms
+    each."""
     return version >= _MULTI_SINCE
 
 
@@ -168,7 +171,16 @@ def attach_uprobes(program_fd: int, path: str, offsets: Sequence[int], at_return
     """Run a program, loaded for `UPROBE_MULTI`, at a file's offsets; the descriptor's close ends it."""
     of_path = ctypes.create_string_buffer(os.fsencode(path))
     of_offsets = (ctypes.c_uint64 * len(offsets))(*offsets)
-    where = (ctypes.addressof(of_path), ctypes.addressof(of_offsets), 0, 0, len(offsets), int(at_return), 0, 0)
+    where = (
+        ctypes.addressof(of_path),
+        ctypes.addressof(of_offsets),
+        0,
+        0,
+        len(offsets),
+        int(at_return),
+        0,
+        0,
+    )
     return bpf(LINK_CREATE, struct.pack("=IIIIQQQQIIII", program_fd, 0, UPROBE_MULTI, 0, *where))
 
 

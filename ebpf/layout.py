@@ -1,7 +1,7 @@
 """The maps' keys and values, as `program/layout.h` declares them, and the maps themselves.
 
-Each `Struct` here has the size of the C structure; loading fails if the two differ. Values come out as named tuples.
-"""
+Each `Struct` here has the size of the C structure; loading fails if the two differ. Values come out as named
+tuples."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ NO_PREALLOC = 1
 
 @dataclass(frozen=True, slots=True)
 class MapSpec:
-    """One map of the program. A `sparse` one takes memory entry by entry where the kernel can do that safely."""
+    """One map of the program. A `sparse` one takes memory entry by entry where the kernel can do that
+    safely."""
 
     kind: int
     key_size: int

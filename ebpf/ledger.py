@@ -1,7 +1,7 @@
 """Reads the kernel's ledger: sums per process and kind, failures by code, what stacks hold.
 
-In flow the program's maps, out flow plain values. Processes are known by the program's own id, one per life of one
-program; what has ended is read a last time, turned into implicit frees, and removed from the kernel.
+In flow the program's maps, out flow plain values. Processes are known by the program's own id, one per life
+of one program; what has ended is read a last time, turned into implicit frees, and removed from the kernel.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ class Ledger:
         for _, data in self._maps["threads"].batches():
             for id, calls, spent, *_ in layout.THREAD.iter_unpack(data):
                 if (record := found.get(id)) is not None:
-                    found[id] = record._replace(
-                        calls=record.calls + calls, spent_ns=record.spent_ns + spent
-                    )
+                    found[id] = record._replace(calls=record.calls + calls, spent_ns=record.spent_ns + spent)
         return found
 
     def current(self) -> dict[int, int]:

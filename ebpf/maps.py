@@ -9,7 +9,8 @@ from ebpf import kernel
 from ebpf.layout import NO_PREALLOC, SETTINGS, MapSpec
 
 SAFE_ALLOCATOR = (6, 1)
-"""First kernel whose maps may allocate in any tracing program (bpf_mem_alloc); before, it warns and can deadlock."""
+"""First kernel whose maps may allocate in any tracing program (bpf_mem_alloc); before, it warns and can
+deadlock."""
 
 NO_MEMLOCK = (5, 11)
 """First kernel that charges maps to the cgroup and not to RLIMIT_MEMLOCK."""

@@ -1,5 +1,5 @@
-"""What the driver says of processes: GPU memory by GPU and pid, read in a thread of its own because a call into a
-driver can hang."""
+"""What the driver says of processes: GPU memory by GPU and pid, read in a thread of its own because a call
+into a driver can hang."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gpuglass.logs import LOG
 class Usage:
     """One reading."""
 
-    gpus: Mapping[str, str] = field(default_factory=dict)
-    """Device name (`nvidia0`) by uuid, in the driver's order."""
+    gpus: tuple[str, ...] = ()
+    """Uuids, in the driver's order."""
     memory: Mapping[int, Mapping[str, int | None]] = field(default_factory=dict)
     """Bytes by pid and uuid; None: hidden."""
     serial: int = 0
@@ -66,20 +66,20 @@ class Nvml:
 
     def _read(self) -> Usage:
         if self._nvml is None:
-            import pynvml  # 8 MB, and needed only where there is a driver
-
             library = ctypes.CDLL(self._library or "libnvidia-ml.so.1")
+            import pynvml  # 8 MB: only where there is a driver
+
             pynvml.nvmlLib = library
             pynvml.nvmlInit()
             self._nvml = pynvml
         nvml = self._nvml
-        gpus: dict[str, str] = {}
+        gpus: list[str] = []
         memory: dict[int, dict[str, int | None]] = {}
         for index in range(nvml.nvmlDeviceGetCount()):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 uuid = str(nvml.nvmlDeviceGetUUID(handle))
-                gpus[uuid] = f"nvidia{nvml.nvmlDeviceGetMinorNumber(handle)}"
+                gpus.append(uuid)
                 listed = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             except nvml.NVMLError as error:
                 LOG.debug("GPU %d: %s", index, error)
@@ -87,4 +87,4 @@ class Nvml:
             for process in listed:
                 used = process.usedGpuMemory
                 memory.setdefault(int(process.pid), {})[uuid] = None if used is None else int(used)
-        return Usage(gpus, memory, self._usage.serial + 1)
+        return Usage(tuple(gpus), memory, self._usage.serial + 1)

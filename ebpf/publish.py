@@ -1,8 +1,7 @@
 """The tracer's families, from what is known of the processes and of itself. Pure.
 
-The first `limit` processes have series of their own, as long as they live and a minute longer; further ones are summed
-in `process="other"`. None moves between the two, so no counter falls.
-"""
+The first `limit` processes have series of their own, as long as they live and a minute longer; further ones
+are summed in `process="other"`. None moves between the two, so no counter falls."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import gpuglass
-from ebpf.ledger import Sums
 from ebpf.layout import LATENCY_SLOTS, SIZE_SLOTS, Kind, Layer
+from ebpf.ledger import Sums
 from ebpf.results import result_name
 from ebpf.view import Traced
 from gpuglass.families import tracer as families
@@ -56,8 +55,8 @@ class Publisher:
         self._admitted: set[int] = set()
         self._others: set[int] = set()
 
-    def batch(self, processes: Iterable[Traced], gpus: Mapping[str, str], wall_offset_ns: int, own: Self) -> Batch:
-        """All samples. `gpus` gives a GPU's device name by uuid."""
+    def batch(self, processes: Iterable[Traced], wall_offset_ns: int, own: Self) -> Batch:
+        """All samples. `wall_offset_ns` added to CLOCK_MONOTONIC gives Unix time."""
         batch = Batch()
         sums: dict[Family, dict[_Labels, float]] = {}
         merged: dict[_Labels, Sums] = {}
@@ -69,27 +68,26 @@ class Publisher:
             into[labels] = into.get(labels, 0) + value
 
         for traced in listed:
-            labels = (*traced.identity, str(traced.process.pid))
+            labels: _Labels = (*traced.identity, str(traced.process.pid))
             if traced.process.id not in self._admitted:
                 labels = _OTHER
             self._of_ledger(traced, labels, add, merged)
             for reconciled in traced.reconciled if traced.ended_at is None else ():
-                gpu = (gpus.get(reconciled.gpu_uuid, ""), reconciled.gpu_uuid)
-                add(families.TRACKED, reconciled.tracked, *gpu, *labels)
-                add(families.UNTRACKED, reconciled.untracked, *gpu, *labels)
+                add(families.TRACKED, reconciled.tracked, *labels, reconciled.gpu_uuid)
+                add(families.UNTRACKED, reconciled.untracked, *labels, reconciled.gpu_uuid)
             if labels is not _OTHER:
                 since = round((traced.since_ns + wall_offset_ns) / 1e9, 3)
                 sums.setdefault(families.SINCE, {})[labels] = since
                 sums.setdefault(families.EXACT, {})[labels] = int(traced.exact)
                 add(families.RESYNCS, traced.resyncs, *labels)
         for family, samples in sums.items():
-            for labels, value in samples.items():
-                batch.add(family, value, *labels)
-        for labels, one in merged.items():
+            for of, value in samples.items():
+                batch.add(family, value, *of)
+        for of, one in merged.items():
             sizes = Histogram(_buckets(one.sizes, range(10, 40, 2), SIZE_SLOTS), one.allocated_bytes)
             times = Histogram(_buckets(one.latencies, range(10, 34, 2), LATENCY_SLOTS), one.allocate_ns / 1e9)
-            batch.add_histogram(families.SIZE, sizes, *labels)
-            batch.add_histogram(families.LATENCY, times, *labels)
+            batch.add_histogram(families.SIZE, sizes, *of)
+            batch.add_histogram(families.LATENCY, times, *of)
         _of_itself(batch, own, len(listed))
         return batch
 
@@ -109,7 +107,11 @@ class Publisher:
             driver = layer is Layer.DRIVER
             if kind is not Kind.UNKNOWN:
                 add(families.LIVE if driver else families.RUNTIME_LIVE, sums.live_bytes, *of_kind)
-                add(families.ALLOCATED if driver else families.RUNTIME_ALLOCATED, sums.allocated_bytes, *of_kind)
+                add(
+                    families.ALLOCATED if driver else families.RUNTIME_ALLOCATED,
+                    sums.allocated_bytes,
+                    *of_kind,
+                )
             for how, size, count in (
                 ("call", sums.freed_bytes, sums.frees),
                 ("context", sums.context_bytes, sums.context_frees),
@@ -153,9 +155,7 @@ def _buckets(slots: list[int], bounds: range, count: int) -> list[int]:
 
 
 def _of_itself(batch: Batch, own: Self, processes: int) -> None:
-    batch.add(
-        families.INFO, 1, gpuglass.__version__, own.loader, os.uname().release, platform.machine()
-    )
+    batch.add(families.INFO, 1, gpuglass.__version__, own.loader, os.uname().release, platform.machine())
     batch.add(families.STATE, 1, own.state)
     for layer, library in ((Layer.DRIVER, "libcuda"), (Layer.RUNTIME, "libcudart")):
         batch.add(families.LIBRARIES, own.libraries.get(layer, 0), library)

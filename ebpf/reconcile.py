@@ -1,9 +1,9 @@
 """Brings the ledger of a process together with what the driver lists for it, GPU by GPU. Pure.
 
 What the driver says beyond the ledger is `untracked`: the context and its modules, managed memory, what was
-allocated before tracing began. Which of several GPUs holds an allocation is known from its context's device, CUDA's
-ordinal in that process, by way of the process's CUDA_VISIBLE_DEVICES; where that is unknown nothing is concluded.
-"""
+allocated before tracing began. Which of several GPUs holds an allocation is known from its context's device,
+CUDA's ordinal in that process, by way of the process's CUDA_VISIBLE_DEVICES; where that is unknown nothing is
+concluded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 GRANULARITY = 2 << 20
-"""Bytes in which the driver hands out device memory: it lists up to this much more or less per allocation class."""
+"""Bytes in which the driver hands out device memory: it lists up to this much more or less per allocation
+class."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""Names of the results of CUDA's driver and runtime (cuda.h, driver_types.h), as they are known to users of either."""
+"""Names of the results of CUDA's driver and runtime (cuda.h, driver_types.h), as they are known to users of
+either."""
 
 from __future__ import annotations
 

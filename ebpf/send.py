@@ -1,8 +1,7 @@
 """Tells the agent: the ledger of each process as states, failures, large allocations and a sample as events.
 
-The connection is the engine probe's own (`gpuglass_vllm.link`), with its bounds: a missing agent costs nothing but
-a counter of dropped events.
-"""
+The connection is the engine probe's own (`gpuglass_vllm.link`), with its bounds: a missing agent costs
+nothing but a counter of dropped events."""
 
 from __future__ import annotations
 

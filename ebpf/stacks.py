@@ -1,8 +1,7 @@
 """From a stack's addresses to names: module and offset, and the nearest exported function where there is one.
 
-A process's maps are read when a stack of it is first named, so a process that has gone leaves bare addresses. All
-tables are bounded.
-"""
+A process's maps are read when a stack of it is first named, so a process that has gone leaves bare addresses.
+All tables are bounded."""
 
 from __future__ import annotations
 

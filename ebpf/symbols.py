@@ -2,9 +2,8 @@
 
 A library exports a function in several variants: `_v2` (64-bit addresses, where the first version has 32-bit
 ones), `_ptsz` and `_ptds` (per-thread default stream). Each exported variant is a function of its own and is
-probed, except where two names stand for one address. A version that this table does not know has arguments that
-it does not know: it is not probed but named.
-"""
+probed, except where two names stand for one address. A version that this table does not know has arguments
+that it does not know: it is not probed but named."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ class Function:
 
 
 MEMORY, CONTEXTS, LAUNCHES, GRAPHS = "memory", "contexts", "launches", "graphs"
-"""Groups of functions, which can be switched on and off apart. `contexts` are the frequent ones among those that
-tell an allocation's context."""
+"""Groups of functions, which can be switched on and off apart. `contexts` are the frequent ones among those
+that tell an allocation's context."""
 
 
 def _same(group: str, entry: str, leave: str = "", versions: Iterable[int] = (1, 2)) -> Function:
@@ -130,7 +129,8 @@ def programs(groups: frozenset[str], layers: Iterable[Layer]) -> frozenset[str]:
 def points(
     exported: Mapping[str, int], layer: Layer, groups: frozenset[str]
 ) -> tuple[list[Point], list[str]]:
-    """Where to probe a library that exports functions at these offsets, and exported versions that are not known."""
+    """Where to probe a library that exports functions at these offsets, and exported versions that are not
+    known."""
     found: dict[int, Point] = {}
     unknown: list[str] = []
     for symbol in sorted(exported):

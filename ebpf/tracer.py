@@ -1,8 +1,8 @@
-"""The running tracer: loads the program, finds libraries, reads the ledger, keeps within its budget, tells what it sees.
+"""The running tracer: loads the program, finds libraries, reads the ledger, keeps within its budget, tells
+what it sees.
 
-One thread does all of it, woken by starting programs, ending processes and time. The /metrics server, the connection to
-the agent and the driver's figures have threads of their own and only pass values.
-"""
+One thread does all of it, woken by starting programs, ending processes and time. The /metrics server, the
+connection to the agent and the driver's figures have threads of their own and only pass values."""
 
 from __future__ import annotations
 
@@ -294,7 +294,9 @@ class Tracer:
         return False
 
     def _forget(self, now: float) -> None:
-        for id in [id for id, traced in self.traced.items() if traced.ended_at and now - traced.ended_at > LINGER]:
+        for id in [
+            id for id, traced in self.traced.items() if traced.ended_at and now - traced.ended_at > LINGER
+        ]:
             del self.traced[id]
             self._names.forget(id)
 
@@ -383,7 +385,8 @@ class Tracer:
         self._over_budget = True
         self.attacher.close()
         LOG.error(
-            "tracing takes %.2f %% of a core per traced process, more than tracer.budget (%.2f %%): all probes are off "
+            "tracing takes %.2f %% of a core per traced process, more than tracer.budget (%.2f %%): all "
+            "probes are off "
             "until the tracer is started again",
             100 * self._cost,
             100 * self._config.budget,
@@ -416,11 +419,7 @@ class Tracer:
             started=round(self._began, 3),
         )
         offset = time.time_ns() - time.monotonic_ns()
-        return self._publisher.batch(self.traced.values(), self._nvml.latest().gpus, offset, own)
-
-    def not_ready(self) -> str | None:
-        """The tracer has read its ledger at least once by the time it serves."""
-        return None
+        return self._publisher.batch(self.traced.values(), offset, own)
 
 
 def stop_on_signals(stop: Callable[..., None]) -> None:

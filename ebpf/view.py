@@ -1,4 +1,5 @@
-"""What is known of the traced processes together: the kernel's ledger, who they are, what the driver lists for them.
+"""What is known of the traced processes together: the kernel's ledger, who they are, what the driver lists
+for them.
 
 The tracer writes it, the publisher and the sender read it. One thread.
 """
@@ -7,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ebpf.ledger import Holding, Process
 from ebpf.layout import Kind
+from ebpf.ledger import Holding, Process
 from ebpf.reconcile import Reconciled
 from gpuglass.workload import Workload
 

@@ -257,7 +257,7 @@ class EnginesConfig(_Section, frozen=True):
 
 
 class TracerConfig(_Section, frozen=True):
-    """The CUDA memory tracer, a process of its own (`gpuglass cuda-tracer`). The agent takes nothing of it."""
+    """The CUDA memory tracer, a process of its own: `gpuglass cuda-tracer`. The agent takes nothing of it."""
 
     listen: str = "127.0.0.1:9956"
     loader: Literal["auto", "core", "bcc"] = "auto"
@@ -266,17 +266,17 @@ class TracerConfig(_Section, frozen=True):
     """The prebuilt object; empty: the one that `make bpf` puts beside the source."""
     allow: tuple[str, ...] = ("x86_64 *",)
     """Patterns of `ARCHITECTURE KERNEL` on which it may run."""
-    budget: float = 0.01
-    """Share of a core that tracing may take per traced process; above it all probes are taken off. 0: no limit."""
+    budget: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    """Share of a core that tracing may take per traced process; above it all probes go. 0: no limit."""
     runtime: bool = False
     """Trace libcudart, too, as a ledger of its own. All that it shows passes through libcuda as well."""
     contexts: bool = True
     """Trace which context is current, which tells the GPU of an allocation where a process uses several."""
     launches: Literal["off", "graphs", "all"] = "off"
-    """Count launches of graphs, or of kernels as well, which costs about a microsecond each."""
+    """Count launches of graphs, or of kernels as well; about a microsecond each."""
     namespaces: tuple[str, ...] = ()
     """Patterns of the Kubernetes namespaces to trace; empty: all, and processes outside of pods."""
-    large_bytes: int = 64 << 20
+    large_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)] = 64 << 20
     """Allocations of this size on are told to the agent one by one."""
     samples_per_second: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 10
     """Other allocations that are told, at most."""
@@ -294,10 +294,6 @@ class TracerConfig(_Section, frozen=True):
     def __post_init__(self) -> None:
         _within("interval", self.interval, 0.1, 300)
         _within("reconcile_interval", self.reconcile_interval, 0.1, 600)
-        if not 0 <= self.budget <= 1:
-            raise ValueError(f"budget: must be between 0 and 1 cores, is {self.budget:g}")
-        if self.large_bytes < 1:
-            raise ValueError(f"large_bytes: must be at least 1, is {self.large_bytes}")
 
 
 class Config(_Section, frozen=True):

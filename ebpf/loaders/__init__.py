@@ -1,9 +1,8 @@
 """The two ways of the program into the kernel.
 
 `core` hands an object that was compiled ahead to libbpf, `bcc` compiles the same source on the node. Both are
-given open maps and the names of the programs that are wanted, and give back descriptors; all else (probes, maps,
-reading) is common to them.
-"""
+given open maps and the names of the programs that are wanted, and give back descriptors; all else (probes,
+maps, reading) is common to them."""
 
 from __future__ import annotations
 
@@ -55,9 +54,8 @@ def load(
 ) -> Loaded:
     """Load by `choice` (auto, core or bcc); raises `LoaderError`.
 
-    `auto` takes the object if there is one that libbpf can load, else bcc; the error names what both lack. With
-    `multi` the probes' programs are loaded for `kernel.UPROBE_MULTI`.
-    """
+    `auto` takes the object if there is one that libbpf can load, else bcc; the error names what both lack.
+    With `multi` the probes' programs are loaded for `kernel.UPROBE_MULTI`."""
     from ebpf.loaders import bcc, core
 
     if choice == "core":

@@ -1,11 +1,10 @@
-"""Compiles the program on the node with the BPF compiler collection, for machines without a prebuilt object and for
-people who add probes.
+"""Compiles the program on the node with the BPF compiler collection, for machines without a prebuilt object
+and for people who add probes.
 
-The real bcc is the distribution's (`python3-bpfcc`) and lives in its dist-packages; the package of that name on PyPI
-is something else and is never imported. bcc wants a kernel's headers. Probes of user space do with those of another
-kernel, so the usual places are searched and what is found is laid out, as links in a temporary folder, in the way
-that bcc expects.
-"""
+The real bcc is the distribution's (`python3-bpfcc`) and lives in its dist-packages; the package of that name
+on PyPI is something else and is never imported. bcc wants a kernel's headers. Probes of user space do with
+those of another kernel, so the usual places are searched and what is found is laid out, as links in a
+temporary folder, in the way that bcc expects."""
 
 from __future__ import annotations
 
@@ -86,9 +85,8 @@ def import_bcc(places: tuple[Path, ...] = DIST_PACKAGES) -> Any:
 def headers(root: Path = Path("/"), release: str = os.uname().release) -> Iterator[dict[str, str]]:
     """Variables that tell bcc where the headers are; raises `LoaderError` when there are none.
 
-    Searched: what the user names, the running kernel's, those that the kernel carries, then those of any other
-    kernel under /usr/src.
-    """
+    Searched: what the user names, the running kernel's, those that the kernel carries, then those of any
+    other kernel under /usr/src."""
     if os.environ.get(_SOURCE_VARIABLE):
         yield {}
         return
@@ -101,7 +99,8 @@ def headers(root: Path = Path("/"), release: str = os.uname().release) -> Iterat
     if not configured:
         raise LoaderError(
             f"bcc compiles on the node and needs kernel headers; looked in {own}/build, "
-            f"/sys/kernel/kheaders.tar.xz and /usr/src/linux-headers-*: apt-get install linux-headers-{release}, "
+            f"/sys/kernel/kheaders.tar.xz and /usr/src/linux-headers-*: apt-get install "
+            f"linux-headers-{release}, "
             "or those of another kernel (linux-headers-amd64 on Debian, linux-headers-generic on Ubuntu)"
         )
     with tempfile.TemporaryDirectory(prefix="gpuglass-headers-") as folder:

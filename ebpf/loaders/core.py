@@ -1,8 +1,9 @@
-"""Loads the object that was compiled ahead, through libbpf by ctypes: no compiler, headers or BTF of the kernel needed.
+"""Loads the object that was compiled ahead, through libbpf by ctypes: no compiler, headers or BTF of the
+kernel needed.
 
-The object holds no relocation against kernel types; its own BTF only describes its maps, which are replaced by those
-that are handed in. Once the programs are in the kernel their descriptors are kept and libbpf's copy is freed.
-"""
+The object holds no relocation against kernel types; its own BTF only describes its maps, which are replaced
+by those that are handed in. Once the programs are in the kernel their descriptors are kept and libbpf's copy
+is freed."""
 
 from __future__ import annotations
 
@@ -111,6 +112,7 @@ def load(
         fds = {name: os.dup(libbpf.bpf_program__fd(programs[name])) for name in wanted}
     finally:
         libbpf.bpf_object__close(opened)
+        _LIBC.malloc_trim(0)  # libbpf's copy was 2 MB
     for fd in fds.values():
         os.set_inheritable(fd, False)
     return Loaded("core", fds, lambda fd, callback: _Ring(libbpf, fd, callback))
@@ -127,7 +129,10 @@ def _programs(libbpf: ctypes.CDLL, opened: int) -> dict[str, int]:
 
 def _refusal(object_file: Path, error: int) -> str:
     if -error == errno.EPERM:
-        return f"{object_file}: the kernel refuses it ({_reason(error)}): run as root, or with CAP_BPF and CAP_PERFMON"
+        return (
+            f"{object_file}: the kernel refuses it ({_reason(error)}): "
+            "run as root, or with CAP_BPF and CAP_PERFMON"
+        )
     return f"{object_file}: the kernel refuses it: {_reason(error)}; {_verdict()}"
 
 

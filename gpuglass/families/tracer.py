@@ -1,16 +1,15 @@
-"""Families of the CUDA memory tracer (`ebpf`, `gpuglass cuda-tracer`): the ledgers of CUDA memory per process, what
-the driver says beyond them, and the tracer itself.
+"""Families of the CUDA memory tracer (`ebpf`, `gpuglass cuda-tracer`): the ledgers of CUDA memory per
+process, what the driver says beyond them, and the tracer itself.
 
-`gpuglass_cuda_*` is the ledger of the driver's library, through which every allocation passes; `gpuglass_cudart_*`
-that of the runtime's, a second view of a part of the same memory: the two are never added.
-"""
+`gpuglass_cuda_*` is the ledger of the driver's library, through which every allocation passes;
+`gpuglass_cudart_*` that of the runtime's, a second view of a part of the same memory: the two are never
+added."""
 
 from __future__ import annotations
 
-from gpuglass.families.gpu import GPU, WORKLOAD
+from gpuglass.families.gpu import PROCESS, WORKLOAD
 from gpuglass.family import Family, Kind, Owner
 
-PROCESS = (*WORKLOAD, "process", "pid")
 _OPTIONAL = frozenset({*WORKLOAD, "pid"})
 _UNSEEN = "The process has made no traced call, or has gone."
 _RUNS = "The tracer does not run."
@@ -21,14 +20,12 @@ LATENCIES = tuple((1 << bits) / 1e9 for bits in range(10, 34, 2))
 """Bounds of a call's time in seconds: 2^10 ns to 2^32 ns by powers of four."""
 
 
-def _of_process(
-    name: str, kind: Kind, unit: str, help: str, *labels: str, absent: str = _UNSEEN, device: bool = False
-) -> Family:
+def _of_process(name: str, kind: Kind, unit: str, help: str, *labels: str, absent: str = _UNSEEN) -> Family:
     return Family(
         f"gpuglass_{name}",
         kind,
         help,
-        (*(GPU if device else ()), *PROCESS, *labels),
+        (*PROCESS, *labels),
         unit,
         owner=Owner.TRACER,
         absent=absent,
@@ -46,7 +43,8 @@ LIVE = _of_process(
     "cuda_live_bytes",
     Kind.GAUGE,
     "bytes",
-    "CUDA memory that the process has allocated and not freed, by kind: device, host, managed, virtual (physical "
+    "CUDA memory that the process has allocated and not freed, by kind: device, host, managed, virtual "
+    "(physical "
     "memory of cuMemCreate) and mapped (addresses given to virtual memory: never add it to the others).",
     "kind",
 )
@@ -60,7 +58,8 @@ FREED = _of_process(
     "cuda_freed_bytes_total",
     Kind.COUNTER,
     "bytes",
-    "CUDA memory that was freed, by how: call, context (destroyed with memory in it), exit (the process ended).",
+    "CUDA memory that was freed, by how: call, context (destroyed with memory in it), exit (the process "
+    "ended).",
     "kind",
     "how",
 )
@@ -76,7 +75,8 @@ FAILURES = _of_process(
     "cuda_call_failures_total",
     Kind.COUNTER,
     "",
-    "Calls that failed, by the driver's result (out_of_memory, …) and the kind of memory (unknown: frees, contexts).",
+    "Calls that failed, by the driver's result (out_of_memory, …) and the kind of memory (unknown: "
+    "frees, contexts).",
     "kind",
     "result",
 )
@@ -117,17 +117,19 @@ TRACKED = _of_process(
     "cuda_tracked_bytes",
     Kind.GAUGE,
     "bytes",
-    "GPU memory of the process in the ledger (device and virtual), when it was last compared with the driver's figure.",
-    device=True,
-    absent="The driver does not list the process, or it uses several GPUs and the ledger does not know which holds what.",
+    "GPU memory of the process in the ledger (device and virtual), when it was last compared with the "
+    "driver's figure.",
+    "gpu_uuid",
+    absent="The driver does not list the process, or the ledger does not know which of its GPUs holds what.",
 )
 UNTRACKED = _of_process(
     "cuda_untracked_bytes",
     Kind.GAUGE,
     "bytes",
-    "GPU memory that the driver lists for the process beyond the ledger: contexts, modules, managed memory, what was "
+    "GPU memory that the driver lists for the process beyond the ledger: contexts, modules, managed "
+    "memory, what was "
     "allocated before tracing began. Negative: the ledger holds more than the driver says.",
-    device=True,
+    "gpu_uuid",
     absent="The driver does not list the process, or hides its memory; see gpuglass_cuda_tracked_bytes.",
 )
 SINCE = _of_process(
@@ -140,7 +142,8 @@ EXACT = _of_process(
     "cuda_ledger_exact",
     Kind.GAUGE,
     "",
-    "1 while the ledger misses nothing since gpuglass_cuda_tracking_since_timestamp_seconds; 0 from a loss or a "
+    "1 while the ledger misses nothing since gpuglass_cuda_tracking_since_timestamp_seconds; 0 from a "
+    "loss or a "
     "contradiction on until it has been brought together with the driver's figure again.",
 )
 RESYNCS = _of_process(
@@ -156,9 +159,10 @@ RUNTIME_LIVE = _of_process(
     "cudart_live_bytes",
     Kind.GAUGE,
     "bytes",
-    "What the process has allocated and not freed through libcudart; a part of gpuglass_cuda_live_bytes seen again.",
+    "What the process has allocated and not freed through libcudart; a part of gpuglass_cuda_live_bytes "
+    "seen again.",
     "kind",
-    absent="libcudart is not traced (--runtime), or the process made no call to it.",
+    absent="The runtime is not traced (--runtime), or the process made no call to it.",
 )
 RUNTIME_ALLOCATED = _of_process(
     "cudart_allocated_bytes_total",
@@ -166,7 +170,7 @@ RUNTIME_ALLOCATED = _of_process(
     "bytes",
     "What the process has allocated through libcudart.",
     "kind",
-    absent="libcudart is not traced (--runtime), or the process made no call to it.",
+    absent="The runtime is not traced (--runtime), or the process made no call to it.",
 )
 RUNTIME_FREED = _of_process(
     "cudart_freed_bytes_total",
@@ -175,7 +179,7 @@ RUNTIME_FREED = _of_process(
     "What was freed of it, by how: call, context (cudaDeviceReset), exit.",
     "kind",
     "how",
-    absent="libcudart is not traced (--runtime), or the process made no call to it.",
+    absent="The runtime is not traced (--runtime), or the process made no call to it.",
 )
 RUNTIME_FAILURES = _of_process(
     "cudart_call_failures_total",
@@ -184,7 +188,7 @@ RUNTIME_FAILURES = _of_process(
     "Calls to libcudart that failed, by its result.",
     "kind",
     "result",
-    absent="libcudart is not traced (--runtime), or the process made no call to it.",
+    absent="The runtime is not traced (--runtime), or the process made no call to it.",
 )
 
 # The tracer
@@ -201,7 +205,8 @@ STATE = _own(
     "state",
     Kind.GAUGE,
     "",
-    "Always 1: what the tracer does, waiting (no CUDA library was found yet), tracing, or over_budget (it took its "
+    "Always 1: what the tracer does, waiting (no CUDA library was found yet), tracing, or over_budget "
+    "(it took its "
     "probes off because they cost more than tracer.budget).",
     "state",
 )
@@ -211,7 +216,8 @@ UNKNOWN_SYMBOLS = _own(
     "unknown_functions",
     Kind.GAUGE,
     "",
-    "Versions of traced functions that a library exports and this tracer does not know: calls to them are not seen.",
+    "Versions of traced functions that a library exports and this tracer does not know: calls to them "
+    "are not seen.",
 )
 PROCESSES = _own("processes", Kind.GAUGE, "", "Processes in the ledger.")
 CALLS = _own("calls_total", Kind.COUNTER, "", "Calls booked.")
@@ -226,14 +232,16 @@ HELD_BACK = _own(
     "held_back_events_total",
     Kind.COUNTER,
     "",
-    "Single calls that were booked but not told, because there were more in a second than are wanted, by reason.",
+    "Single calls that were booked but not told, because there were more in a second than are wanted, by "
+    "reason.",
     "reason",
 )
 COST = _own(
     "cost_seconds_total",
     Kind.COUNTER,
     "seconds",
-    "Time that tracing took: traps (the kernel's way to the probes, calls times the measured cost of an empty pair), "
+    "Time that tracing took: traps (the kernel's way to the probes, calls times the measured cost of an "
+    "empty pair), "
     "programs (within them; both on the traced threads), collector (the tracer's own process).",
     "part",
 )
@@ -241,7 +249,8 @@ COST_RATIO = _own(
     "cost_ratio",
     Kind.GAUGE,
     "ratio",
-    "Share of a core that tracing took of each traced process in the last half minute; compare with tracer.budget.",
+    "Share of a core that tracing took of each traced process in the last half minute; compare with "
+    "tracer.budget.",
 )
 PAIR = _own(
     "probe_pair_seconds",

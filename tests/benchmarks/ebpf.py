@@ -1,9 +1,9 @@
 """Cost of the CUDA memory tracer, against a fake libcuda whose functions do next to nothing.
 
-What a traced call costs is measured by turns with the same calls untraced, and compared with an empty pair of probes on
-a function that does nothing, in the same run. Then the real command: what gets lost at 100,000 calls a second from four
-processes, memory with either loader, CPU at 1,000 calls a second. Needs root. Ends with one JSON line.
-"""
+What a traced call costs is measured by turns with the same calls untraced, and compared with an empty pair of
+probes on a function that does nothing, in the same run. Then the real command: what gets lost at 100,000
+calls a second from four processes, memory with either loader, CPU at 1,000 calls a second. Needs root. Ends
+with one JSON line."""
 
 from __future__ import annotations
 
@@ -222,7 +222,11 @@ def main() -> int:
         json.dumps(
             {
                 "benchmark": "ebpf",
-                "machine": {"cpus": os.cpu_count(), "kernel": os.uname().release, "python": platform.python_version()},
+                "machine": {
+                    "cpus": os.cpu_count(),
+                    "kernel": os.uname().release,
+                    "python": platform.python_version(),
+                },
                 "figures": {name: round(value, 4) for name, value in figures.items()},
                 "targets": TARGETS,
                 "missed": missed(figures),

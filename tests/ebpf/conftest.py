@@ -31,7 +31,9 @@ PLAYER = Path(__file__).with_name("player.py")
 class Player:
     """One process that makes the calls that a test asks for."""
 
-    def __init__(self, library: str, command: list[str] | None = None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, library: str, command: list[str] | None = None, env: dict[str, str] | None = None
+    ) -> None:
         command = command or [sys.executable, "-I", str(PLAYER), library]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env

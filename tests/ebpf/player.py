@@ -1,8 +1,7 @@
 """A process that makes CUDA calls as it is told, one JSON line each way: run by the tests, never imported.
 
-Its arguments are the library to load at the start, or `-` for none. A line `[function, arguments…]` calls one of the
-functions below; the answer is what it returns.
-"""
+Its arguments are the library to load at the start, or `-` for none. A line `[function, arguments…]` calls one
+of the functions below; the answer is what it returns."""
 
 import ctypes
 import json

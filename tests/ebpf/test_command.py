@@ -1,4 +1,5 @@
-"""`gpuglass cuda-tracer` as its users run it: what it serves, what it tells the agent, how it refuses and ends."""
+"""`gpuglass cuda-tracer` as its users run it: what it serves, what it tells the agent, how it refuses and
+ends."""
 
 from __future__ import annotations
 
@@ -116,7 +117,9 @@ def test_it_serves_the_ledger_of_a_process_and_its_end(
         environment = {**os.environ, "LD_LIBRARY_PATH": str(build())}
         player = Player("-", env=environment)
         played.append(player)
-        tracer.wait(lambda: tracer.value("gpuglass_tracer_libraries", library="libcuda"), "the library is probed")
+        tracer.wait(
+            lambda: tracer.value("gpuglass_tracer_libraries", library="libcuda"), "the library is probed"
+        )
         player.do("load", str(build() / LIBRARY))
         address = player.out("cuMemAlloc_v2", 3 * MIB)
         player.out("cuMemAlloc_v2", 1 * MIB)
@@ -137,7 +140,9 @@ def test_it_serves_the_ledger_of_a_process_and_its_end(
         assert tracer.value("gpuglass_cuda_ledger_exact", pid=str(player.pid)) == 1
         assert tracer.value("gpuglass_tracer_state", state="tracing") == 1
         assert tracer.samples("gpuglass_tracer_build_info", loader="core")
-        assert not [s for s in tracer.samples("gpuglass_tracer_lost_total") if s[1] and s[0]["what"] != "stack"]
+        assert not [
+            s for s in tracer.samples("gpuglass_tracer_lost_total") if s[1] and s[0]["what"] != "stack"
+        ]
         assert (tracer.value("gpuglass_tracer_probe_pair_seconds") or 0) > 0
         assert (tracer.value("gpuglass_tracer_cost_seconds_total", part="programs") or 0) > 0
         player.kill()
@@ -187,7 +192,9 @@ def test_it_tells_the_agent_states_events_and_stacks(
         assert stacks[owner.stack]
         assert re.search(r"\((libffi|python|_ctypes)\S*\)|\+0x", " ".join(stacks[owner.stack]))
         player.kill()
-        heard.wait(lambda: any(s.ended for s in heard.of(records.CudaProcess) if s.pid == player.pid), "the end")
+        heard.wait(
+            lambda: any(s.ended for s in heard.of(records.CudaProcess) if s.pid == player.pid), "the end"
+        )
         assert heard.faults == []
         assert tracer.value("gpuglass_tracer_agent_connected") == 1
 
@@ -307,7 +314,10 @@ def maps_of_ours() -> set[int]:
         try:
             info = ctypes.create_string_buffer(80)
             kernel.bpf(
-                15, fd.to_bytes(4, "little") + (80).to_bytes(4, "little") + ctypes.addressof(info).to_bytes(8, "little")
+                15,
+                fd.to_bytes(4, "little")
+                + (80).to_bytes(4, "little")
+                + ctypes.addressof(info).to_bytes(8, "little"),
             )
             if info.raw[24:40].startswith(b"gg_"):
                 found.add(at)
@@ -406,9 +416,10 @@ def test_bcc_is_never_another_package_of_that_name(tmp_path: Path) -> None:
 
 
 def test_bcc_says_which_headers_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(LoaderError, match=r"/usr/src/linux-headers-\*.*apt-get install linux-headers-6\.1\.0-9"):
-        with bcc.headers(tmp_path, "6.1.0-9"):
-            pass
+    with pytest.raises(
+        LoaderError, match=r"/usr/src/linux-headers-\*.*apt-get install linux-headers-6\.1\.0-9"
+    ), bcc.headers(tmp_path, "6.1.0-9"):
+        pass
 
 
 def test_the_help_has_examples() -> None:

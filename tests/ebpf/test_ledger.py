@@ -298,7 +298,13 @@ def test_sizes_and_times_fall_into_their_powers_of_two(rig: Rig) -> None:
     player.do("call", "fakeCudaSleep", 5)
     player.out("cuMemAlloc_v2", 3 * MIB)
     sums = rig.sums(player.pid, Kind.DEVICE)
-    assert {slot: count for slot, count in enumerate(sums.sizes) if count} == {0: 1, 10: 1, 11: 1, 21: 1, 22: 1}
+    assert {slot: count for slot, count in enumerate(sums.sizes) if count} == {
+        0: 1,
+        10: 1,
+        11: 1,
+        21: 1,
+        22: 1,
+    }
     assert sum(sums.latencies) == 5
     assert sum(sums.latencies[23:]) >= 1  # above 2^22 ns, which is 4 ms
     assert sums.allocate_ns >= 5_000_000

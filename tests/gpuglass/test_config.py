@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import pytest
@@ -441,6 +441,8 @@ _BOUNDS = {
     "gpu.hang_timeout": (0.5, 300),
     "gpu.retry_interval": (0.1, 3600),
     "engines.experts.window": (10, 3600),
+    "tracer.interval": (0.1, 300),
+    "tracer.reconcile_interval": (0.1, 600),
 }
 _QUOTAS = st.dictionaries(
     st.text(st.characters(categories=("L", "N")), min_size=1, max_size=64),
@@ -471,6 +473,9 @@ def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
         return st.integers(0, 0o777).map(lambda bits: Mode(f"{bits:04o}"))
     if get_origin(kind) is dict:
         return _QUOTAS
+    if key.startswith("tracer.") and get_origin(kind) is Annotated:
+        of, meta = get_args(kind)
+        return st.floats(meta.ge, meta.le) if of is float else st.integers(meta.ge, meta.le)
     assert kind == config.Count, key
     return st.integers(1, config.MAX_SENDERS if key == "engines.limits.senders" else 100_000)
 

@@ -112,7 +112,7 @@ def _bpf() -> str | None:
 
 
 def _ebpf() -> str | None:
-    lacking = [name for name in ("clang", "llvm-strip") if not shutil.which(name)]
+    lacking = [name for name in ("clang", "llvm-objcopy") if not shutil.which(name)]
     for path, package in (
         ("/usr/include/bpf/bpf_helpers.h", "libbpf-dev"),
         ("/usr/lib/python3/dist-packages/bcc/libbcc.py", "python3-bpfcc"),

@@ -1,8 +1,7 @@
 """Builds the fake CUDA driver and runtime libraries from their C sources.
 
-In flow the sources beside this file and a C compiler, out flows a folder with `libcuda.so.1` and `libcudart.so.12`,
-compiled once for each state of the sources and kept in the user's cache.
-"""
+In flow the sources beside this file and a C compiler, out flows a folder with `libcuda.so.1` and
+`libcudart.so.12`, compiled once for each state of the sources and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -17,7 +16,15 @@ from tests.fakes.nvml import BuildError, cache_folder, compiler
 LIBRARY = "libcuda.so.1"
 RUNTIME = "libcudart.so.12"
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O1", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls", "-Wall", "-Wextra", "-Werror")
+FLAGS = (
+    "-std=gnu11",
+    "-O1",
+    "-fno-omit-frame-pointer",
+    "-fno-optimize-sibling-calls",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+)
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wl,--build-id")
 
 
