@@ -61,7 +61,8 @@ def outages(rng: np.random.Generator) -> Floats:
 
 
 def followed(load: Floats) -> tuple[Floats, Floats, Floats]:
-    """Error ÷ persistence's error (rows, horizons), coverage of p90 (rows, horizons), after the learning days."""
+    """Error ÷ persistence's error and coverage of p90, each (rows, horizons), after the learning days;
+    point forecasts (rows, horizons, cells)."""
     state = Forecaster.empty(len(load), STEP, HORIZONS, (0.5, 0.9), nonnegative=True)
     points, bounds = [], []
     for index in range(load.shape[1]):

@@ -73,8 +73,8 @@ def follow(values: FloatArray, step: float, learn: float) -> tuple[FloatArray, F
     points = np.empty((len(values), len(MINUTES)))
     bounds = np.empty((len(values), len(MINUTES)))
     for index, value in enumerate(values):
-        frame = Frame((index + 1) * step, {"value": np.array([value])}, step, live=index * step >= (learn
-        - 1) * DAY) forecast.observe(frame)
+        live = index * step >= (learn - 1) * DAY
+        forecast.observe(Frame((index + 1) * step, {"value": np.array([value])}, step, live))
         points[index], bounds[index] = forecast.state.point[0], forecast.state.bounds[0, :, 1]
     persistence, ours, coverage = (np.empty(len(MINUTES)) for _ in range(3))
     for place, horizon in enumerate(horizons):
@@ -93,8 +93,8 @@ def main() -> int:
     """Measure, report on standard error, print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer made loads")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="CSV file of a load; repeatable")
-    parser.add_argument("--learn", type=float, default=7.0, metavar="DAYS", help="days before judging (default 7)")
+    parser.add_argument("--data", type=Path, action="append", default=[], help="CSV of a load; repeatable")
+    parser.add_argument("--learn", type=float, default=7.0, metavar="DAYS", help="before judging (7)")
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     worst = -np.inf

@@ -87,8 +87,10 @@ def main() -> int:
         spent += time.process_time() - start
         samples += healthy.size
         figures[f"{name}_false_alarms_per_day"] = round(float(begins.sum()) / 400 / days, 4)
-        figures[f"peer_{name}_false_alarms_per_day"] = round(float(peer_alarms(healthy).sum()) / 400 /
-        days, 4) begin = int(10 * HOUR / STEP) + int(rng.integers(0, 60))
+        figures[f"peer_{name}_false_alarms_per_day"] = round(
+            float(peer_alarms(healthy).sum()) / 400 / days, 4
+        )
+        begin = int(10 * HOUR / STEP) + int(rng.integers(0, 60))
         ill = leaking(make(rng, 400, 20 * HOUR, STEP), STEP, begin, GIB)
         for who, judge in (("", alarms), ("peer_", peer_alarms)):
             minutes = delays(judge(ill), begin)
