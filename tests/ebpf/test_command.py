@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ebpf import gate, kernel
+from ebpf.layout import map_specs
 from ebpf.loaders import LoaderError, bcc
 from gpuglass.demo.scenario import Scenario, uuid_of
 from gpuglass_vllm import records
@@ -271,7 +272,7 @@ def test_nothing_stays_in_the_kernel(
     tracer = Running(bpf_object, tmp_path, GPUGLASS_TRACER_SOCKET="")
     tracer.wait(lambda: tracer.value("gpuglass_tracer_libraries", library="libcuda"), "probed")
     assert first_byte(player) == 0xCC  # the breakpoint by which the kernel gets there
-    assert len(maps_of_ours() - maps_before) == 16
+    assert len(maps_of_ours() - maps_before) == len(map_specs(1024, 4096))
     tracer.process.send_signal(number)
     tracer.process.wait(60)
     tracer.wait = lambda *_: None  # type: ignore[method-assign]
