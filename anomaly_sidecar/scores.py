@@ -56,6 +56,9 @@ _WEEK_SLOTS = int(7 * DAY / _WEEK_SLOT)
 _MEANS = np.array([3 * HOUR, 12 * HOUR, 2 * DAY, 7 * DAY])
 """Time constants of the running means, in seconds: short, long, and what each is held against."""
 
+_RESOLUTION = 1e-7
+"""Deviations of a smaller share of the value are the rounding of float32 profiles."""
+
 VERSION = 1
 
 
@@ -75,6 +78,10 @@ class Tuning:
     block: float = 6 * HOUR
     blocks: int = 112
     return_period: float = 14 * DAY
+    min_blocks: int = 4
+    """Blocks that a feature needs before it counts."""
+    growth: float = 0.04
+    """By which share a return level lies above the largest of e times fewer blocks."""
     norm: float = 8.0
     margin: float = 1.2
     """By which the combined ratio exceeds its return level before the score is 1."""
@@ -130,7 +137,8 @@ class Scores:
             "week_weight": np.zeros((_WEEK_SLOTS, rows), np.float32),
             "block": np.full(rows, -1, np.int64),
             "blocks_seen": np.zeros(rows, np.int64),
-            "block_max": np.zeros((len(FEATURES), rows), np.float32),
+            "blocks_known": np.zeros((len(FEATURES), rows), np.int64),
+            "block_max": np.full((len(FEATURES), rows), nan, np.float32),
             "maxima": np.zeros((t.blocks, len(FEATURES), rows), np.float32),
             "usual": np.full((len(FEATURES), rows), nan),
             # What `outputs` and `explain` show of the latest frame.
@@ -192,7 +200,7 @@ class Scores:
         size = self._sizes(deviation)
 
         spread = a["spread"] / np.maximum(a["spread_weight"], 1e-12)
-        usual = np.fmax(a["usual"], t.spread_floor * spread)
+        usual = np.fmax(a["usual"], np.fmax(t.spread_floor * spread, _RESOLUTION * np.abs(x)))
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(usual > 0, size / usual, np.where(size > 0, np.inf, 0.0))
         ratio = np.where(np.isnan(size) | np.isnan(a["usual"]), np.nan, np.minimum(ratio, t.cap))
@@ -306,9 +314,11 @@ class Scores:
         block = (at // t.block).astype(np.int64)
         ended = np.flatnonzero(ok & (a["block"] != block) & (a["block"] >= 0))
         if len(ended):
-            a["maxima"][a["blocks_seen"][ended] % t.blocks, :, ended] = a["block_max"][:, ended].T
+            largest = a["block_max"][:, ended]
+            a["blocks_known"][:, ended] += np.isfinite(largest)
+            a["maxima"][a["blocks_seen"][ended] % t.blocks, :, ended] = np.nan_to_num(largest).T
             a["blocks_seen"][ended] += 1
-            a["block_max"][:, ended] = 0.0
+            a["block_max"][:, ended] = np.nan
             for part in np.array_split(ended, len(ended) // 4096 + 1):
                 a["usual"][:, part] = self._return_levels(part)
         a["block"][ok] = block[ok]
@@ -317,23 +327,26 @@ class Scores:
     def _return_levels(self, rows: RowArray) -> FloatArray:
         """Size exceeded once per return period, shape (features, rows): the k-th largest block, interpolated.
 
-        Over n return periods k is n; a series younger than one period has its maximum.
+        Over n return periods k is n. For a series younger than one period it is its maximum and some more, as
+        block maxima grow with the logarithm of their number. NaN before a feature was known for `min_blocks`.
         """
         a, t = self._a, self.tuning
-        seen = np.minimum(a["blocks_seen"][rows], t.blocks)
-        used = int(seen.max())
-        rank = np.maximum(seen * t.block / t.return_period - 1.0, 0.0)
+        used = int(np.minimum(a["blocks_seen"][rows], t.blocks).max())
+        periods = np.minimum(a["blocks_known"][:, rows], t.blocks) * t.block / t.return_period
+        rank = np.maximum(periods - 1.0, 0.0)
         depth = min(int(np.ceil(t.blocks * t.block / t.return_period)) + 1, used)
         top = np.sort(
             np.partition(a["maxima"][:used][..., rows], used - depth, axis=0)[used - depth :], axis=0
         )
         whole = np.minimum(rank.astype(np.intp), depth - 1)
         following = np.minimum(whole + 1, depth - 1)
-        column = np.arange(len(rows))
-        first = top[depth - 1 - whole, :, column].T.astype(float)
-        second = top[depth - 1 - following, :, column].T
-        levels: FloatArray = first + (rank - whole) * (second - first)
-        return levels
+        feature, column = np.arange(len(FEATURES))[:, None], np.arange(len(rows))
+        first = top[depth - 1 - whole, feature, column].astype(float)
+        second = top[depth - 1 - following, feature, column]
+        levels = first + (rank - whole) * (second - first)
+        levels *= 1.0 + t.growth * np.log(1.0 / np.clip(periods, 1e-3, 1.0))
+        known: FloatArray = np.where(a["blocks_known"][:, rows] >= t.min_blocks, levels, np.nan)
+        return known
 
     # What comes out
 
@@ -403,7 +416,7 @@ class Scores:
 
 _EMPTY: dict[str, float] = {
     **dict.fromkeys(("first", "last", "median", "day", "week", "usual", "score", "expected"), np.nan),
-    **dict.fromkeys(("deviation", "ratio"), np.nan),
+    **dict.fromkeys(("deviation", "ratio", "block_max"), np.nan),
     "block": -1,
 }
 """What a row without a series holds, where it is not 0."""

@@ -76,7 +76,7 @@ class Sidecar:
         self._workers = workers
         self._running = [_Running(Unit(spec, make()), make) for spec, make in made]
         self._pool = ThreadPoolExecutor(config.prometheus.concurrency, "reader")
-        self._reads: dict[Future[Answers], _Running] = {}
+        self._reads: dict[Future[Answers], tuple[_Running, Unit]] = {}
         self._asked: Future[float] | None = None
         self._ask_failures = 0
         self._ask_not_before = 0.0
@@ -130,15 +130,16 @@ class Sidecar:
             self._start(running)
         if not self._reads and self._asked is None:
             self._housekeeping()
-            if self._clock.wait(min(longest, self._until_due())):
-                return False
+            self._clock.wait(min(longest, self._until_due()))
             return False
         pending: set[Future[Any]] = set(self._reads)
         if self._asked is not None:
             pending.add(self._asked)
         wait(pending, longest, FIRST_COMPLETED)
         for future in [future for future in self._reads if future.done()]:
-            self._finish(self._reads.pop(future), future)
+            running, unit = self._reads.pop(future)
+            if unit is running.unit:
+                self._finish(running, future)
         self._housekeeping()
         return True
 
@@ -206,6 +207,7 @@ class Sidecar:
             unit = running.unit
             if unit.last is not None and unit.last > self.server_clock.now():
                 LOG.warning("%s: learned ahead of the server's clock; starting anew", unit.spec.name)
+                running.request = None  # what is being read is of the old unit, and will be dropped
                 running.unit = Unit(unit.spec, running.make())
                 running.unit.counts = unit.counts
 
@@ -227,7 +229,7 @@ class Sidecar:
         request = running.unit.plan(self.server_clock.now(), prometheus.max_points, prometheus.max_samples)
         if request is not None:
             running.request = request
-            self._reads[self._pool.submit(self._read, running.unit, request)] = running
+            self._reads[self._pool.submit(self._read, running.unit, request)] = running, running.unit
 
     def _read(self, unit: Unit, request: Request) -> Answers:
         """In a thread: ask for all roles."""

@@ -1,8 +1,8 @@
 """State on disk and between processes: arrays and JSON as one npz, versioned, checksummed, atomic.
 
 An npz is a zip archive: the CRC-32 of each member is checked when it is read, and what the manifest lists
-must be there. Pickles are neither written nor read, so a state file can at worst be refused. The file before the
-latest stays, and is taken when the latest is broken.
+must be there. Pickles are neither written nor read, so a state file can at worst be refused. The file before
+the latest stays, and is taken when the latest is broken.
 """
 
 from __future__ import annotations
