@@ -79,10 +79,10 @@ class GpmSampler:
     def sample(self, see: Observations) -> tuple[dict[int, float], float] | None:
         """Values by metric id and the seconds of their window; None until there is a window.
 
-        On a machine that wakes us late the next tick can come too soon for a window: the last values stand then, with
-        0 seconds, since they were told before.
+        On a machine that wakes us late the next tick can come too soon for a window: the last values stand,
+        with 0 seconds, since they were told before.
         """
-        # The counters are read when the driver gets to it, not when the tick began: its own time is what counts.
+        # The counters are read when the driver gets to it, not when the tick began.
         short = 0.0 if self._sampled_at is None else MIN_WINDOW - (self._clock() - self._sampled_at)
         if short > MAX_WAIT:
             return None if self._values is None else (self._values, 0.0)

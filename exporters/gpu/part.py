@@ -97,7 +97,12 @@ class Life:
         if self.watcher is not None:
             self.watcher.join(max(0.0, until - time.monotonic()))
             clean = clean and not self.watcher.is_alive()
-        return clean and all([worker.close(until) for worker in self.workers])
+        if not clean:
+            return False
+        ended = [
+            worker.close(until) for worker in self.workers
+        ]  # each is to be closed, whatever the others say
+        return all(ended)
 
     def driver_down(self) -> str | None:
         """Why the driver has to be initialised again, if a worker found out."""

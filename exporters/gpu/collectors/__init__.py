@@ -23,5 +23,8 @@ class Collector(Protocol):
         """Read the driver and note entries. `now` is CLOCK_MONOTONIC in seconds."""
 
     def close(self) -> Thread | None:
-        """Give back what the driver lent; the driver may be gone. A thread of its own that may still be inside a
-        call is returned: the library must stay loaded until it has ended."""
+        """Give back what the driver lent; the driver may be gone.
+
+        Returns a thread of its own that may still be inside a call: until it has ended the library must stay
+        loaded.
+        """

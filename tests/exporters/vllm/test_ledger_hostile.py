@@ -67,10 +67,14 @@ def field_of(kind: type, name: str, annotation: object) -> st.SearchStrategy[obj
     simple = {str: text, int: whole, float: quantity, list[str]: st.lists(text, max_size=3)}
     simple[list[int]] = st.lists(st.integers(0, 3), max_size=3)
     simple[list[float]] = st.lists(quantity, max_size=3)
+    if annotation not in simple:  # a list or a dictionary of parts
+        whole_type, parts = typing.get_origin(annotation), typing.get_args(annotation)
+        inner = [any_of(part) if hasattr(part, "__struct_fields__") else simple[part] for part in parts]
+        return st.lists(inner[0], max_size=2) if whole_type is list else st.dictionaries(*inner, max_size=2)
     return simple[annotation]
 
 
-def any_of(kind: type) -> st.SearchStrategy[records.Record]:
+def any_of(kind: typing.Any) -> st.SearchStrategy[records.Record]:
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: field_of(kind, name, hints[name]) for name in kind.__struct_fields__})
 
@@ -80,7 +84,7 @@ EXPERTS = records.Experts(layers=[0, 3], experts=4, top_k=1, every=2, ranks=2)
 action = st.one_of(
     *(st.tuples(st.just("tell"), any_of(kind)) for kind in KINDS),
     st.tuples(st.just("wait"), st.sampled_from([0.5, 3.0, 40.0, 700.0])),
-    st.tuples(st.just("restart"), st.sampled_from(["frontend", "core", "worker"])),
+    st.tuples(st.just("restart"), st.sampled_from(["frontend", "core", "worker", "tracer"])),
 )
 ROLE_OF = {
     records.RequestStart: "frontend",
@@ -95,6 +99,8 @@ for kind in (
     records.CoreSums,
 ):
     ROLE_OF[kind] = "core"
+for kind in (records.CudaProcess, records.CudaStack, records.CudaEvent):
+    ROLE_OF[kind] = "tracer"
 
 
 def totals(world: World) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -116,7 +122,7 @@ def test_any_row_of_records_leaves_a_valid_exposition_whose_counters_only_grow(
         senders[role] = world.connect(role, sender=f"the-{role}", **more)
 
     senders: dict[str, typing.Any] = {}
-    for role in ("frontend", "core", "worker"):
+    for role in ("frontend", "core", "worker", "tracer"):
         connect(role)
     before: dict[typing.Any, float] = {}
     for number, (what, argument) in enumerate(actions):
