@@ -22,6 +22,7 @@ from gpuglass.config import Config, EnginesConfig
 from gpuglass.doctor import http, listen
 from gpuglass.doctor.check import Check, Status
 from gpuglass.families import probe as families
+from gpuglass_vllm.records import TRACER
 
 SECONDS = 2.0
 ANSWER_LIMIT = 16 << 20
@@ -149,6 +150,7 @@ def judge(samples: Iterable[Sample], path: str) -> list[Check]:
 
 def _senders(infos: list[Sample], path: str) -> Check:
     name, title = "engines.senders", "engines heard"
+    infos = [info for info in infos if info.labels["role"] != TRACER]
     if not infos:
         return Check(
             name,
