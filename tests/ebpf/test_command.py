@@ -270,12 +270,13 @@ def test_nothing_stays_in_the_kernel(
     played.append(player)
     maps_before = maps_of_ours()
     tracer = Running(bpf_object, tmp_path, GPUGLASS_TRACER_SOCKET="")
-    tracer.wait(lambda: tracer.value("gpuglass_tracer_libraries", library="libcuda"), "probed")
-    assert first_byte(player) == 0xCC  # the breakpoint by which the kernel gets there
-    assert len(maps_of_ours() - maps_before) == len(map_specs(1024, 4096))
-    tracer.process.send_signal(number)
-    tracer.process.wait(60)
-    tracer.wait = lambda *_: None  # type: ignore[method-assign]
+    try:
+        tracer.wait(lambda: tracer.value("gpuglass_tracer_libraries", library="libcuda"), "probed")
+        assert first_byte(player) == 0xCC  # the breakpoint by which the kernel gets there
+        assert len(maps_of_ours() - maps_before) == len(map_specs(1024, 4096))
+    finally:
+        tracer.process.send_signal(number)
+        tracer.process.wait(60)
     until = time.monotonic() + 30
     while first_byte(player) == 0xCC or maps_of_ours() - maps_before:
         assert time.monotonic() < until, "probes or maps are still there"
