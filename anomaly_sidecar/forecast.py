@@ -53,6 +53,8 @@ class ForecastSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """Between two fits of the decomposition."""
     fit: bool = True
     """False leaves the fitted model out."""
+    decomposition: bool = False
+    """Publish trend, course of the day and remainder too: three more series each."""
 
     def __post_init__(self) -> None:
         if not (60 <= self.step <= 3600 and 86400 % self.step == 0):
@@ -72,7 +74,7 @@ class ForecastSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class Forecast:
-    """Analyzer with the roles "value" and, optionally, "limit"."""
+    """Analyzer with the role "value" and, optionally, "limit", or "quota_used" and "quota"."""
 
     def __init__(self, name: str, settings: ForecastSettings, workers: Workers) -> None:
         self.name = name
@@ -88,6 +90,8 @@ class Forecast:
         """Row of each fit under way, by its key."""
         self._limit = np.zeros(0)
         self._now = np.zeros(0)
+        self._used = np.zeros(0)
+        self._quota = np.zeros(0)
         self._open = -1
         """Number of the cell that is being filled."""
         self.fit_errors = 0
@@ -106,6 +110,8 @@ class Forecast:
             self._fitted = np.concatenate([self._fitted, np.full(more, np.nan)])
             self._limit = np.concatenate([self._limit, np.full(more, np.nan)])
             self._now = np.concatenate([self._now, np.full(more, np.nan)])
+            self._used = np.concatenate([self._used, np.full(more, np.nan)])
+            self._quota = np.concatenate([self._quota, np.full(more, np.nan)])
         self.evict(rows)
         self._fitted[rows] = -1.0
 
@@ -118,6 +124,8 @@ class Forecast:
             (self._fitted, np.nan),
             (self._limit, np.nan),
             (self._now, np.nan),
+            (self._used, np.nan),
+            (self._quota, np.nan),
         ):
             array[rows] = nothing
         gone = {int(row) for row in rows}
@@ -141,6 +149,9 @@ class Forecast:
         limit = frame.values.get("limit")
         if limit is not None:
             self._limit = limit.copy()
+        used, quota = frame.values.get("quota_used"), frame.values.get("quota")
+        if used is not None and quota is not None:
+            self._used, self._quota = used.copy(), quota.copy()
         if frame.live and self.settings.fit:
             self._take_fits()
             self._ask_for_fits(frame.time)
@@ -207,15 +218,33 @@ class Forecast:
             yield Column(families.FORECAST_WAPE, np.where(known, wape[:, number], np.nan), labels)
             used = np.where(known, state.chosen[:, number] > 0, np.nan)
             yield Column(families.FORECAST_USABLE, used, labels)
-        if not np.isnan(self._limit).all():
-            for place, quantile in enumerate(settings.quantiles):
-                seconds = replicas.seconds_to_limit(
-                    self._now,
-                    self._limit,
-                    np.where(ready, state.bounds[..., place], np.nan),
-                    np.asarray(settings.horizons),
-                )
+        yield from self._exhaustion(ready)
+        if settings.decomposition:
+            yield from self._decomposition()
+
+    def _exhaustion(self, ready: NDArray[np.bool_]) -> Iterable[Output]:
+        """Time to the limit of a level, and to the quota of what is used up at the forecast rate."""
+        horizons = np.asarray(self.settings.horizons)
+        for place, quantile in enumerate(self.settings.quantiles):
+            values = np.where(ready, self.state.bounds[..., place], np.nan)
+            to_limit = replicas.seconds_to_limit(self._now, self._limit, values, horizons)
+            to_quota = replicas.seconds_to_quota(self._used, self._quota, values, horizons)
+            seconds = np.fmin(to_limit, to_quota)
+            if not np.isnan(seconds).all():
                 yield Column(families.EXHAUSTION, seconds, {"quantile": f"{quantile:g}"})
+
+    def _decomposition(self) -> Iterable[Output]:
+        """Parts of the latest closed cell by the latest fit; they add up to it."""
+        history, model = self.state.history, self.state.model
+        fitted = ~np.isnan(model.parameters[:, 0]) & (history.age == 0)
+        trend = model.mean[:, 0]
+        seasonal = model.pattern[:, history.index % history.day]
+        for part, values in (
+            ("trend", trend),
+            ("seasonal", seasonal),
+            ("remainder", history.now - trend - seasonal),
+        ):
+            yield Column(families.DECOMPOSITION, np.where(fitted, values, np.nan), {"part": part})
 
     def save(self) -> State:
         """See `Analyzer`. Fits under way are asked for again."""
@@ -229,6 +258,8 @@ class Forecast:
                 "fitted": np.where(waiting, -1.0, self._fitted),
                 "limit": self._limit,
                 "now": self._now,
+                "used": self._used,
+                "quota": self._quota,
             }
         )
         saved.meta.update(
@@ -243,7 +274,7 @@ class Forecast:
             self.settings.quantiles
         ):
             raise StateError("forecast: other horizons or quantiles")
-        own = ("open_sum", "open_count", "fitted", "limit", "now")
+        own = ("open_sum", "open_count", "fitted", "limit", "now", "used", "quota")
         arrays = [state.arrays.get(name) for name in own]
         if not isinstance(meta.get("open"), int) or any(
             array is None or array.ndim != 1 or len(array) > len(self._sum) for array in arrays
@@ -252,13 +283,15 @@ class Forecast:
         table.restore(self.state, state, VERSION)
         taken: list[FloatArray] = []
         for array, now in zip(
-            arrays, (self._sum, self._count, self._fitted, self._limit, self._now), strict=True
+            arrays,
+            (self._sum, self._count, self._fitted, self._limit, self._now, self._used, self._quota),
+            strict=True,
         ):
             whole = now.copy()
             if array is not None:
                 whole[: len(array)] = array
             taken.append(whole)
-        self._sum, self._count, self._fitted, self._limit, self._now = taken
+        self._sum, self._count, self._fitted, self._limit, self._now, self._used, self._quota = taken
         self._open = int(meta["open"])
         self._waiting = {}
 
@@ -281,7 +314,9 @@ KIND = Kind(
     "values at horizons by quantile, and the time until a limit is reached",
     (
         Role("value", "What is forecast."),
-        Role("limit", "Size of what is used up, in the same unit.", required=False),
+        Role("limit", "Largest value that can be, in the same unit: size of a cache.", required=False),
+        Role("quota_used", "What the value, as a rate, has used up of a quota.", required=False),
+        Role("quota", "That quota.", required=False),
     ),
     ForecastSettings,
     Forecast,

@@ -100,12 +100,18 @@ FORECAST_USABLE = _of_series(
     "horizon",
     absent=_NO_TARGET,
 )
+DECOMPOSITION = _of_series(
+    "decomposition",
+    "Part of a forecast's latest mean: trend, seasonal (the course of the day) and remainder add up to it.",
+    "part",
+    absent="The forecast does not ask for it, or nothing is fitted yet.",
+)
 EXHAUSTION = _of_series(
     "exhaustion_seconds",
-    "Time until the forecast at a quantile reaches the limit; 0 once the limit is reached.",
+    "Time until the forecast at a quantile reaches the limit or uses up the quota; 0 once that has happened.",
     "quantile",
     unit="seconds",
-    absent="The limit is not reached within the longest horizon, or is not known.",
+    absent="The limit is not reached within the longest horizon, the quota never, or neither is known.",
 )
 REPLICAS = _of_series(
     "replicas_needed",

@@ -252,6 +252,33 @@ def test_time_to_a_limit_is_told_where_it_is_near() -> None:
     assert np.isnan(seconds[1])
 
 
+def test_time_to_the_end_of_a_quota_follows_the_forecast_rate() -> None:
+    rate = np.full((2, 3 * CELLS), 10.0)
+    used = np.array([[1000.0], [0.0]]) + 0 * rate
+    quota = np.array([[19000.0], [np.nan]]) + 0 * rate
+    forecast = admitted(SETTINGS)
+    feed(forecast, rate, quota_used=used, quota=quota)
+    seconds = published(forecast, quantile="0.9")[families.EXHAUSTION.name]
+    assert seconds[0] == pytest.approx(1800)
+    assert np.isnan(seconds[1])
+
+
+def test_a_decomposition_is_published_where_asked_for_and_adds_up() -> None:
+    load = seasonal_load(np.random.default_rng(11))[:1, : 5 * CELLS]
+    forecast = admitted(ForecastSettings(step=STEP, horizons=(900.0,), decomposition=True), 1)
+    feed(forecast, load[:, :-10])
+    assert np.isnan(published(forecast, part="trend")[families.DECOMPOSITION.name]).all()
+    feed(forecast, load[:, -10:], 5 * CELLS - 10, live=True)
+    parts = {
+        part: published(forecast, part=part)[families.DECOMPOSITION.name][0]
+        for part in ("trend", "seasonal", "remainder")
+    }
+    assert sum(parts.values()) == pytest.approx(load[0, -1])
+    course = 1000 * (day_course(times(5))[-1] - 1)
+    assert parts["seasonal"] == pytest.approx(course, abs=120)
+    assert not [o for o in admitted(SETTINGS).outputs() if o.family is families.DECOMPOSITION]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
