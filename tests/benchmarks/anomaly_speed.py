@@ -46,7 +46,6 @@ TARGETS = {
     "cold_start_cpu_seconds_10000": "<= 60",
     "cycle_cpu_seconds_100000": "<= 5",
     "scored_share_10000": ">= 0.99",
-    "prophet_fit_factor": ">= 100",
 }
 NAME = "bench_load"
 STEP = 300.0
@@ -57,6 +56,12 @@ def cpu() -> float:
     """CPU seconds of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def peak_mb() -> float:
+    """Highest resident memory since this program began; ru_maxrss knows that of who started it, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def child(url: str, end: float, days: float, cycles: int, copies: int) -> dict[str, float]:
@@ -80,7 +85,7 @@ def child(url: str, end: float, days: float, cycles: int, copies: int) -> dict[s
         "cold_start_cpu_seconds": cpu() - started,
         "cold_start_seconds": time.perf_counter() - at,
         "cold_start_waiting_seconds": wait,
-        "cold_start_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "cold_start_peak_mb": peak_mb(),
         "series": len(unit.table),
     }
     costs = []
@@ -158,20 +163,23 @@ def many(reader: Reader, small: Unit, end: float, copies: int) -> dict[str, floa
 
 
 PROPHET = """
-import json, sys, time, logging
+import json, sys, time, logging, resource
 logging.disable(logging.CRITICAL)
 import pandas as pd
 from prophet import Prophet
+def cpu():  # the fit itself runs in a process of its own
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 times, series = json.load(open(sys.argv[1]))
 fit = predict = 0.0
 for values in series:
     frame = pd.DataFrame({"ds": pd.to_datetime(times, unit="s"), "y": values})
-    at = time.process_time()
+    at = cpu()
     model = Prophet().fit(frame)
-    fit += time.process_time() - at
-    at = time.process_time()
+    fit += cpu() - at
+    at = cpu()
     model.predict(pd.DataFrame({"ds": [frame.ds.iloc[-1] + pd.Timedelta(minutes=5)]}))
-    predict += time.process_time() - at
+    predict += cpu() - at
 print(json.dumps([fit / len(series), predict / len(series)]))
 """
 
@@ -193,9 +201,7 @@ def prophet(
         (environment / "ready").touch()
     data = folder / "prophet.json"
     data.write_text(json.dumps([times.tolist(), values.T.tolist()]))
-    # The first fit of a process loads its compiled model; what is measured is the mean over several.
     command = [python, "-c", PROPHET, data]
-    # Fitting runs in a child process of its own library: count it by the wall clock of one core.
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"Prophet failed: {done.stderr.strip()[-300:]}", file=sys.stderr)
@@ -252,8 +258,9 @@ def main() -> int:
         result["prophet_fit_factor"] = fit * series / figures["cold_start_cpu_seconds"]
         result["prophet_predict_factor"] = predict * series / figures["cycle_cpu_seconds"]
         print(
-            f"Prophet would fit these {series} series in {fit * series:.0f} s, the sidecar has read and learned "
-            f"them in {figures['cold_start_cpu_seconds']:.1f} s: {result['prophet_fit_factor']:.0f} times faster",
+            f"Prophet would fit these {series} series in {fit * series:.0f} s; the sidecar has read and "
+            f"learned them in {figures['cold_start_cpu_seconds']:.1f} s, "
+            f"{result['prophet_fit_factor']:.0f} times faster",
             file=sys.stderr,
         )
     return bench.finish("anomaly_speed", {key: round(value, 4) for key, value in result.items()}, TARGETS)
