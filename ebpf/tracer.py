@@ -44,6 +44,8 @@ PER_SECOND = (100, 100, 20)
 """Most failures, large allocations and starts of programs that the kernel tells in a second."""
 LINGER = 60.0
 """Seconds for which the last values of an ended process are shown, and an unused library stays probed."""
+NAMELESS = 15.0
+"""Seconds after which a process without a namespace is taken to have none."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _TICK = 1.0
 
@@ -214,24 +216,25 @@ class Tracer:
         found = self.ledger.read()
         current = self.ledger.current()
         for id, process in found.items():
-            self._know(id, process)
+            self._know(id, process, now)
         self._settle(found, current, now)
         self._tell_events()
         self._watch_cost(found, now)
         self._forget(now)
         self._publish("tracer", self._batch())
 
-    def _know(self, id: int, process: Process) -> None:
+    def _know(self, id: int, process: Process, now: float) -> None:
         traced = self.traced.get(id)
         if traced is not None:
             traced.process = process
             found = self._resolver.resolve(process.pid)
             if found is not None and found[0].start_time == traced.start_ticks:
                 traced.workload = found[1]
+            self._decide(traced, now)
             return
         resolved = self._resolver.resolve(process.pid)
         name = process.record.comm.split(b"\0", 1)[0].decode("utf-8", "replace")
-        traced = Traced(process, name, 0)
+        traced = Traced(process, name, 0, seen_at=now)
         if resolved is not None:
             traced.name, traced.start_ticks = resolved[0].name, resolved[0].start_time
             traced.workload = resolved[1]
@@ -241,12 +244,21 @@ class Tracer:
             with suppress(OSError):  # gone already: seen when accounts are settled
                 self._pidfds[process.pid] = fd = os.pidfd_open(process.pid)
                 self._epoll.register(fd, select.EPOLLIN)
-        if not self._wants(traced):
-            self.ledger.ignore(process.pid)
+        self._decide(traced, now)
 
-    def _wants(self, traced: Traced) -> bool:
+    def _decide(self, traced: Traced, now: float) -> None:
+        """Whether a process is to be traced. The names of a pod may come some seconds after its first call."""
+        if traced.wanted is not None:
+            return
         patterns = self._config.namespaces
-        return not patterns or any(fnmatchcase(traced.workload.namespace, pattern) for pattern in patterns)
+        if not patterns or traced.workload.is_named:
+            namespace = traced.workload.namespace
+            matches = (fnmatchcase(namespace, pattern) for pattern in patterns)
+            traced.wanted = not patterns or any(matches)
+        elif now - traced.seen_at > NAMELESS:
+            traced.wanted = False
+        if traced.wanted is False:
+            self.ledger.ignore(traced.process.pid)
 
     def _complete_since(self, pid: int, start_ticks: int, record: Record) -> int:
         """A process that began after its library was probed is known from its beginning."""
@@ -304,7 +316,7 @@ class Tracer:
         while self._events:
             event = self._events.popleft()
             traced = self.traced.get(event.id)
-            if traced is None or self._sender is None:
+            if traced is None or not traced.wanted or self._sender is None:
                 continue
             frames = self._names.frames(event.id, event.tgid, self.ledger.stack(event.stack))
             self._sender.event(event, traced.start_ticks, frames)
@@ -328,7 +340,7 @@ class Tracer:
         if self._sender is not None:
             told = []
             for traced in self.traced.values():
-                if not traced.told_end:
+                if traced.wanted and not traced.told_end:
                     traced.told_end = traced.ended_at is not None
                     told.append((traced, self._owners(traced)))
             self._sender.processes(time.monotonic_ns(), told)
@@ -419,7 +431,7 @@ class Tracer:
             started=round(self._began, 3),
         )
         offset = time.time_ns() - time.monotonic_ns()
-        return self._publisher.batch(self.traced.values(), offset, own)
+        return self._publisher.batch([one for one in self.traced.values() if one.wanted], offset, own)
 
 
 def stop_on_signals(stop: Callable[..., None]) -> None:

@@ -31,6 +31,10 @@ class Traced:
     resyncs: int = 0
     epoch: int = 0
     holdings: dict[tuple[Kind, int], Holding] = field(default_factory=dict)
+    wanted: bool | None = None
+    """Whether its namespace is to be traced; None: it is not known yet which one it is of."""
+    seen_at: float = 0.0
+    """When it was first read, on the monotonic clock."""
     ended_at: float | None = None
     """When it was seen to have ended, on the monotonic clock."""
     told_end: bool = False
