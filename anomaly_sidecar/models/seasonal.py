@@ -26,6 +26,8 @@ MIN_CYCLES = 2
 MAX_GAPS = 0.5
 """A series with a larger share of gaps is not decomposed."""
 MAX_ITERATIONS = 50
+FIT_CELLS = 600
+"""Latest cells from which the three parameters are estimated: more cost time and change little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,9 @@ def fit(values: Floats, first: int, period: int) -> Fit | None:
     pattern = np.empty(period)
     pattern[(first + len(values) - period + np.arange(period)) % period] = last[around].mean(axis=1)
     adjusted = values - pattern[(first + np.arange(len(values))) % period]
+    adjusted = adjusted[-FIT_CELLS:]
+    if np.isnan(adjusted).mean() > MAX_GAPS:
+        return None
     scale = float(np.nanstd(adjusted))
     if not scale > 1e-9 * float(np.nanmean(np.abs(values))):
         return None

@@ -30,7 +30,7 @@ TARGETS = {
     "load_better_120min_percent": ">= 20",
     "load_coverage_lowest": ">= 0.88",
     "load_coverage_highest": "<= 0.92",
-    "fit_ms": "<= 1000",
+    "fit_cpu_ms": "<= 300",
     "kept_kib_per_series": "<= 1024",
 }
 STEP = 600.0
@@ -100,7 +100,7 @@ def main() -> int:
     worst = -np.inf
     loads = [(name, STEP, values, 7.0) for name, values in made_loads(14).items()]
     loads = loads[:3] if arguments.quick else loads
-    for path in arguments.data:
+    for path in reversed(arguments.data):
         try:
             step, values = read(path)
         except (OSError, ValueError) as error:
@@ -134,7 +134,7 @@ def main() -> int:
 
 
 def cost() -> dict[str, float]:
-    """Time of a fit of a week of 5-minute cells, of a cell for 200 series, and what is kept per series."""
+    """CPU time of a fit of a week of 5-minute cells, of a cell for 200 series, and what is kept per series."""
     from anomaly_sidecar.models import seasonal
 
     rng = np.random.default_rng(2)
@@ -152,16 +152,16 @@ def cost() -> dict[str, float]:
         cells.append(_seconds(lambda frame=frame: forecast.observe(frame)))  # type: ignore[misc]
     kept = sum(array.nbytes for array in forecast.save().arrays.values())
     return {
-        "fit_ms": round(1e3 * fit, 1),
+        "fit_cpu_ms": round(1e3 * fit, 1),
         "cell_us_per_series": round(1e6 * float(np.median(cells)) / rows, 2),
         "kept_kib_per_series": round(kept / rows / 1024, 1),
     }
 
 
 def _seconds(call: object) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     call()  # type: ignore[operator]
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 if __name__ == "__main__":
