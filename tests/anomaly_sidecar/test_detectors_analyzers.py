@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -191,3 +193,9 @@ def test_groups_of_stragglers_come_from_labels_and_survive_a_restart() -> None:
 def test_settings_that_cannot_be_are_refused_by_name(kind: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=words):
         msgspec.convert(settings, KINDS[kind].settings)
+
+
+def test_the_sidecar_itself_loads_no_statsmodels() -> None:
+    """It takes 100 MB and a second: only worker processes need it."""
+    code = "import sys, anomaly_sidecar.detectors; sys.exit('statsmodels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
