@@ -49,7 +49,22 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                 direction="above",
                 min_deviation=5e8,
             ),
-        )
+        ),
+        "detectors": (
+            {
+                "name": "gpu_memory_leak",
+                "kind": "leak",
+                "inputs": {"used": f"max by (gpu_uuid) ({gpu.MEMORY_USED.name})"},
+            },
+            {
+                "name": "gpu_memory_stranded",
+                "kind": "stranded",
+                "inputs": {
+                    "used": f"max by (gpu_uuid) ({gpu.MEMORY_USED.name})",
+                    "busy": f"max by (gpu_uuid) ({gpu.BUSY.name})",
+                },
+            },
+        ),
     },
     "engine": {
         "queries": (
@@ -120,7 +135,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                 direction="above",
                 min_deviation=0.05,
             ),
-        )
+        ),
+        "detectors": (
+            {
+                "name": "vllm_tokens_forecast",
+                "kind": "forecast",
+                "inputs": {"value": "sum by (model_name) (rate(vllm:generation_tokens_total[5m]))"},
+            },
+            {
+                "name": "vllm_silent",
+                "kind": "silent",
+                "inputs": {
+                    # An engine that answers the scrape is up: its gauge of running requests is there.
+                    "alive": "max by (model_name) (vllm:num_requests_running >= bool 0)",
+                    "demand": "sum by (model_name) (vllm:num_requests_running + vllm:num_requests_waiting)",
+                    "tokens": "sum by (model_name) (rate(vllm:generation_tokens_total[2m])"
+                    " + rate(vllm:prompt_tokens_total[2m]))",
+                },
+            },
+        ),
     },
 }
 """Sections of a configuration by name."""

@@ -294,10 +294,14 @@ class Sidecar:
                 unit.lines = {}
                 self._dirty = True
         if self._dirty:
-            self._dirty = False
-            self.store.publish(SOURCE, Batch(), merged(unit.lines for unit in self.units))
+            self.publish()
         if monotonic >= self._snapshot_due:
             self._snapshot()
+
+    def publish(self) -> None:
+        """Hand the lines of all units to the store."""
+        self._dirty = False
+        self.store.publish(SOURCE, Batch(), merged(unit.lines for unit in self.units))
 
     def _snapshot(self) -> None:
         self._snapshot_due = self._clock.monotonic() + self.config.state.interval

@@ -104,6 +104,11 @@ class WorkerPool:
         with self._lock:
             return self._results.pop(key, None)
 
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """Processes that run now."""
+        with self._lock:
+            return list(self._processes)
+
     @property
     def pending(self) -> int:
         """Jobs that wait or run."""
@@ -205,6 +210,17 @@ def _exactly(pipe: IO[bytes], size: int, selector: selectors.BaseSelector, deadl
             raise EOFError("the pipe is closed")
         data += part
     return bytes(data)
+
+
+def echo(arguments: State) -> State:
+    """A job that gives back what it got: says whether workers work."""
+    return arguments
+
+
+def rest(arguments: State) -> State:
+    """A job that takes `seconds`."""
+    time.sleep(float(arguments.meta["seconds"]))
+    return arguments
 
 
 def main() -> None:

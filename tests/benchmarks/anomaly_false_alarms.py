@@ -1,10 +1,10 @@
 """False alarms of the default rule, `gpuglass_anomaly_score > 1 for 5m`, on series without anomalies.
 
-A simulated fleet at one sample a minute: loads with a shape of the day and the week, GPUs that idle and are busy
-in bursts, memory that steps when models are loaded, queues that are mostly empty, temperatures that follow the
-load, and constants; two weeks of each, of which the first three days are learned from. With `--data`, the files
-of the Numenta benchmark that hold no anomaly, too. The same fleet with steps of six standard deviations says that
-the silence is no deafness. The peer is a band of four standard deviations around the mean of a day.
+A simulated fleet at one sample a minute: loads with a shape of the day and the week, GPUs that idle and are
+busy in bursts, memory that steps when models are loaded, queues that are mostly empty, temperatures that follow
+the load, and constants; two weeks of each, of which the first three days are learned from. With `--data`, the
+files of the Numenta benchmark that hold no anomaly, too. Steps of six standard deviations say that the silence
+is no deafness. The peer is a band of four standard deviations around the mean of a day.
 """
 
 from __future__ import annotations
