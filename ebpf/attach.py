@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ebpf import elf, kernel
@@ -216,10 +215,5 @@ def _by_program(wanted: list[Point], at_return: bool) -> dict[tuple[str, str], l
 
 
 def close_probes(probes: Mapping[str, list[int]]) -> None:
-    """Take probes off. Each close waits until no processor runs the probe any more; together they wait
-    once."""
-    fds = [fd for several in probes.values() for fd in several]
-    if not fds:
-        return
-    with ThreadPoolExecutor(min(len(fds), 32)) as pool:
-        list(pool.map(os.close, fds))
+    """Take off what stands by group."""
+    kernel.close_together(fd for several in probes.values() for fd in several)

@@ -12,7 +12,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ebpf import elf, kernel
@@ -46,8 +45,7 @@ def measure_pair(program_fd: int, multi: bool) -> float | None:
         try:
             probed = _time(call)
         finally:
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(os.close, probes))
+            kernel.close_together(probes)
     except (OSError, elf.ElfError, KeyError, AttributeError):
         return None
     return max(probed - bare, 0.0)

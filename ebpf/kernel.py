@@ -12,7 +12,8 @@ import fcntl
 import os
 import platform
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -211,6 +212,16 @@ def attach_uprobe(program_fd: int, path: str, offset: int, at_return: bool, kind
         os.close(event)
         raise
     return event
+
+
+def close_together(fds: Iterable[int]) -> None:
+    """Take probes off. Each close waits until no processor runs the probe any more; together they wait once."""
+    # Plain threads: concurrent.futures would take a megabyte for this.
+    closing = [threading.Thread(target=os.close, args=(fd,)) for fd in fds]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
 
 
 def possible_cpus() -> int:

@@ -6,6 +6,8 @@ connection to the agent and the driver's figures have threads of their own and o
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import select
 import signal
@@ -144,6 +146,8 @@ class Tracer:
             self._sender.start()
         try:
             self.discovery.host()
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # imports and libbpf leave 1 to 2 MB behind
             next_tick = next_read = next_reconcile = 0.0
             while not self._stopping:
                 now = time.monotonic()
@@ -247,7 +251,7 @@ class Tracer:
         self._decide(traced, now)
 
     def _decide(self, traced: Traced, now: float) -> None:
-        """Whether a process is to be traced. The names of a pod may come some seconds after its first call."""
+        """Whether a process is to be traced. A pod's names may come some seconds after its first call."""
         if traced.wanted is not None:
             return
         patterns = self._config.namespaces

@@ -112,7 +112,6 @@ def load(
         fds = {name: os.dup(libbpf.bpf_program__fd(programs[name])) for name in wanted}
     finally:
         libbpf.bpf_object__close(opened)
-        _LIBC.malloc_trim(0)  # libbpf's copy was 2 MB
     for fd in fds.values():
         os.set_inheritable(fd, False)
     return Loaded("core", fds, lambda fd, callback: _Ring(libbpf, fd, callback))
