@@ -134,7 +134,7 @@ def main() -> int:
 
 
 def cost() -> dict[str, float]:
-    """CPU time of a fit of a week of 5-minute cells, of a cell for 200 series, and what is kept per series."""
+    """CPU time of a fit of a week of 5-minute cells and of a cell for 200 series; memory kept per series."""
     from anomaly_sidecar.models import seasonal
 
     rng = np.random.default_rng(2)
