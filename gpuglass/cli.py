@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import argparse
+import functools
 import errno
 import os
 import sys
@@ -40,7 +41,7 @@ def parser(available: Mapping[str, Command]) -> argparse.ArgumentParser:
         prog="gpuglass",
         description="GPU inference made visible for Prometheus, Alertmanager and Grafana.",
         epilog=_EXAMPLES,
-        formatter_class=raw,
+        formatter_class=functools.partial(raw, max_help_position=30, width=100),  # a command, a line
     )
     top.add_argument("--version", action="version", version=f"gpuglass {gpuglass.__version__}")
     subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)

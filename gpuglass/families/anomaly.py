@@ -237,11 +237,12 @@ STAGE_SECONDS = _own(
     "Time spent by stage: read (waiting for the server and parsing), join, analyze, publish, snapshot.",
     "query",
     "stage",
+    unit="seconds",
     absent=_NOT_YET,
 )
 SAMPLES = _own("samples_total", Kind.COUNTER, "Samples taken in, history included.", "query", absent=_NOT_YET)
 READ_BYTES = _own(
-    "read_bytes_total", Kind.COUNTER, "Bytes of the server's answers.", "query", absent=_NOT_YET
+    "read_bytes_total", Kind.COUNTER, "Bytes of the server's answers.", "query", unit="bytes", absent=_NOT_YET
 )
 SERIES = _own("series", Kind.GAUGE, "Series that are known by query.", "query", absent=_NOT_YET)
 SERIES_CHANGES = _own(
