@@ -215,7 +215,7 @@ def attach_uprobe(program_fd: int, path: str, offset: int, at_return: bool, kind
 
 
 def close_together(fds: Iterable[int]) -> None:
-    """Take probes off. Each close waits until no processor runs the probe any more; together they wait once."""
+    """Take probes off. Each close waits until no processor runs the probe; together they wait once."""
     # Plain threads: concurrent.futures would take a megabyte for this.
     closing = [threading.Thread(target=os.close, args=(fd,)) for fd in fds]
     for thread in closing:

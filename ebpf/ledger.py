@@ -87,6 +87,34 @@ class Process:
         )
 
 
+def _correct(process: Process, by_kind: dict[Kind, int]) -> None:
+    for kind, drift in by_kind.items():
+        sums = process.sums.get((Layer.DRIVER, kind))
+        if sums is None:
+            continue
+        sums.live_bytes -= drift
+        if kind in (Kind.DEVICE, Kind.VIRTUAL) and process.devices:
+            most = max(process.devices, key=lambda device: process.devices[device])
+            process.devices[most] -= drift
+
+
+def drifts(before: Process, after: Process, holdings: dict[tuple[Kind, int], Holding]) -> dict[Kind, int]:
+    """By how many bytes each sum differs from the single entries that were read between the two readings.
+
+    Only kinds in which nothing was allocated or freed meanwhile can be told.
+    """
+    found = {}
+    for kind in (Kind.DEVICE, Kind.HOST, Kind.MANAGED, Kind.VIRTUAL):
+        then = before.sums.get((Layer.DRIVER, kind))
+        now = after.sums.get((Layer.DRIVER, kind))
+        if then is None or now is None or then != now:
+            continue
+        held = sum(holding.bytes for (of, _), holding in holdings.items() if of is kind)
+        if then.live_bytes != held:
+            found[kind] = then.live_bytes - held
+    return found
+
+
 @dataclass(slots=True)
 class Holding:
     """What one stack has allocated and not freed."""
@@ -102,6 +130,7 @@ class Ledger:
     def __init__(self, maps: Maps) -> None:
         self._maps = maps
         self._cpus = possible_cpus()
+        self._corrections: dict[int, dict[Kind, int]] = {}
 
     def records(self) -> dict[int, Record]:
         """All lives by id, with what their threads have not handed over yet."""
@@ -153,7 +182,15 @@ class Ledger:
                 if process is not None:
                     place = (Layer(failure.layer), Kind(failure.kind), failure.code)
                     process.failures[place] = process.failures.get(place, 0) + count
+        for id, by_kind in self._corrections.items():
+            if id in processes:
+                _correct(processes[id], by_kind)
         return processes
+
+    def correct(self, id: int, kind: Kind, drift: int) -> None:
+        """Take `drift` bytes off what is live from now on: the single entries say that the sum is wrong."""
+        by_kind = self._corrections.setdefault(id, {})
+        by_kind[kind] = by_kind.get(kind, 0) + drift
 
     def losses(self) -> dict[str, int]:
         """What could not be kept, by name; see `enum loss`."""
@@ -202,6 +239,8 @@ class Ledger:
         """Remove all that the kernel holds of lives that have ended."""
         if not ids:
             return
+        for id in ids:
+            self._corrections.pop(id, None)
         for tgid, id in self.current().items():
             if id in ids:
                 self._maps["processes"].delete(layout.U32.pack(tgid))

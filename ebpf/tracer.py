@@ -25,7 +25,7 @@ from ebpf.attach import Attacher
 from ebpf.cost import Budget, Spent, measure_pair
 from ebpf.discovery import Discovery
 from ebpf.layout import EVENT, EXECED, Event, EventType, Kind, Layer, Record, map_specs
-from ebpf.ledger import Holding, Ledger, Process
+from ebpf.ledger import Holding, Ledger, Process, drifts
 from ebpf.loaders import PROGRAM, RAW_TRACEPOINTS, load
 from ebpf.maps import Maps
 from ebpf.nvml import Nvml
@@ -331,11 +331,13 @@ class Tracer:
         """Compare each process with what the driver lists, and tell the agent."""
         usage = self._nvml.latest()
         is_new, self._serial = usage.serial != self._serial, usage.serial
-        holdings = self.ledger.holdings()
+        before, holdings, after = self.ledger.read(), self.ledger.holdings(), self.ledger.read()
         for id, traced in self.traced.items():
             if traced.ended_at is not None:
                 continue
             traced.holdings = holdings.get(id, {})
+            if id in before and id in after:
+                self._check_drift(traced, drifts(before[id], after[id], traced.holdings))
             lost = traced.process.record.lost
             if lost > traced.lost_before:
                 traced.exact = False
@@ -349,6 +351,29 @@ class Tracer:
                     told.append((traced, self._owners(traced)))
             self._sender.processes(time.monotonic_ns(), told)
 
+    def _check_drift(self, traced: Traced, found: dict[Kind, int]) -> None:
+        """A difference that stays is no call under way: the sum is corrected, and tracking begins anew."""
+        if traced.corrected and not found:
+            traced.corrected = False
+            self._resync(traced)
+        for kind, drift in found.items():
+            if traced.drift.get(kind) == drift:
+                LOG.warning(
+                    "%s: %d bytes too many in %s memory; corrected", traced.name, drift, kind.name.lower()
+                )
+                self.ledger.correct(traced.process.id, kind, drift)
+                traced.corrected, traced.exact = True, False
+        traced.drift = {} if traced.corrected else found
+
+    @staticmethod
+    def _resync(traced: Traced) -> None:
+        """What was lost is settled: the ledger is complete for what comes."""
+        traced.lost_before = traced.process.record.lost
+        traced.since_ns = time.monotonic_ns()
+        traced.resyncs += 1
+        traced.epoch += 1
+        traced.exact = True
+
     def _compare(self, traced: Traced, listed: dict[str, int | None] | object, gpus: list[str]) -> None:
         assert isinstance(listed, dict)
         visible = None
@@ -359,13 +384,8 @@ class Tracer:
         contradicts = any(one.contradicts for one in traced.reconciled)
         if contradicts:
             traced.exact = False
-        elif not traced.exact and traced.reconciled:
-            # What was lost stands in the untracked part from now on: the ledger is complete for what comes.
-            traced.lost_before = traced.process.record.lost
-            traced.since_ns = time.monotonic_ns()
-            traced.resyncs += 1
-            traced.epoch += 1
-            traced.exact = True
+        elif not traced.exact and not traced.corrected and traced.reconciled:
+            self._resync(traced)  # what was lost stands in the untracked part from now on
 
     def _owners(self, traced: Traced) -> list[records.CudaOwner]:
         assert self._sender is not None

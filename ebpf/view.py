@@ -29,6 +29,10 @@ class Traced:
     lost_before: int = 0
     """Losses that a resynchronisation has settled."""
     resyncs: int = 0
+    drift: dict[Kind, int] = field(default_factory=dict)
+    """Bytes by which sums and single entries differed at the last look: a call under way looks the same."""
+    corrected: bool = False
+    """A sum was corrected at the last look."""
     epoch: int = 0
     holdings: dict[tuple[Kind, int], Holding] = field(default_factory=dict)
     wanted: bool | None = None

@@ -10,7 +10,7 @@ import pytest
 
 from ebpf import kernel
 from ebpf.cost import Budget, Spent
-from ebpf.layout import Kind, Layer, Record
+from ebpf.layout import LIVE_KEY, Kind, Layer, Record
 from ebpf.ledger import Process, Sums
 from ebpf.publish import Publisher, Self
 from ebpf.reconcile import Reconciled, reconcile, visible_gpus
@@ -221,3 +221,26 @@ def test_what_is_of_no_wanted_namespace_is_booked_no_further(bpf_object: Path) -
         assert rig.sums(player.pid, Kind.DEVICE).allocations == 1
         fmt = negotiate("")
         assert str(player.pid) not in rig.store.exposition(frozenset(Tier), fmt).decode()
+
+
+@needs_bpf
+def test_a_sum_that_drifted_from_the_single_entries_is_corrected_and_said(bpf_object: Path) -> None:
+    with running_rig(loader="core", object=str(bpf_object)) as rig:
+        player = rig.player()
+        player.out("cuMemAlloc_v2", 4096)
+        address = player.out("cuMemAlloc_v2", 8192)
+        traced = rig.traced(player.pid)
+        rig.tracer.reconcile(time.monotonic())
+        assert (traced.exact, traced.drift) == (True, {})
+        # An entry that got lost: its free will never be booked.
+        rig.tracer.maps["live"].delete(LIVE_KEY.pack(traced.process.id, address))
+        rig.tracer.reconcile(time.monotonic())
+        assert traced.exact
+        rig.tracer.reconcile(time.monotonic())
+        assert not traced.exact
+        assert rig.sums(player.pid, Kind.DEVICE).live_bytes == 4096
+        assert rig.traced(player.pid).process.gpu_bytes() == 4096
+        rig.tracer.reconcile(time.monotonic())
+        assert (traced.exact, traced.resyncs, traced.epoch) == (True, 1, 1)
+        player.out("cuMemAlloc_v2", 100)
+        assert rig.sums(player.pid, Kind.DEVICE).live_bytes == 4196
