@@ -8,7 +8,7 @@ import functools
 import errno
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import entry_points
 
 import gpuglass
@@ -34,6 +34,14 @@ def commands() -> dict[str, Command]:
     return found
 
 
+class _Listing(argparse.RawDescriptionHelpFormatter):
+    """A line for each command; argparse itself forgets that their names are indented."""
+
+    def __init__(self, prog: str, names: Collection[str]) -> None:
+        super().__init__(prog, max_help_position=30)
+        self._action_max_length = 4 + max(map(len, names), default=0)
+
+
 def parser(available: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The whole argument parser."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -41,7 +49,7 @@ def parser(available: Mapping[str, Command]) -> argparse.ArgumentParser:
         prog="gpuglass",
         description="GPU inference made visible for Prometheus, Alertmanager and Grafana.",
         epilog=_EXAMPLES,
-        formatter_class=functools.partial(raw, max_help_position=30, width=100),  # a command, a line
+        formatter_class=functools.partial(_Listing, names=available),
     )
     top.add_argument("--version", action="version", version=f"gpuglass {gpuglass.__version__}")
     subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
