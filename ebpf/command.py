@@ -108,7 +108,7 @@ def _run(arguments: Namespace) -> int:
 
 
 COMMAND = Command(
-    "keep the ledger of CUDA memory (needs rights; off unless started)",
+    "keep the ledger of CUDA memory by eBPF (needs rights)",
     _configure,
     _run,
     "Trace the CUDA memory of all processes of this node with BPF and serve it for Prometheus until "

@@ -4,8 +4,8 @@ line."""
 from __future__ import annotations
 
 import argparse
-import functools
 import errno
+import functools
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
