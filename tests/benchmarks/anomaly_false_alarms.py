@@ -1,10 +1,10 @@
 """False alarms of the default rule, `gpuglass_anomaly_score > 1 for 5m`, on series without anomalies.
 
 A simulated fleet at one sample a minute: loads with a shape of the day and the week, GPUs that idle and are
-busy in bursts, memory that steps when models are loaded, queues that are mostly empty, temperatures that follow
-the load, and constants; two weeks of each, of which the first three days are learned from. With `--data`, the
-files of the Numenta benchmark that hold no anomaly, too. Steps of six standard deviations say that the silence
-is no deafness. The peer is a band of four standard deviations around the mean of a day.
+busy in bursts, memory that steps when models are swapped, queues that are mostly empty, temperatures that
+follow the load, and constants; two weeks of each, of which the first three days are learned from. With
+`--data`, the files of the Numenta benchmark that hold no anomaly, too. Steps of six standard deviations say that the
+silence is no deafness. The peer is a band of four standard deviations around the mean of a day.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def fleet(kind: str, series: int, days: float, seed: int) -> tuple[FloatArray, F
         busy = generator.random((steps, series)) < 0.15 * np.maximum(shape, 0)
         return times, np.where(busy, generator.uniform(0.5, 1.0, (steps, series)), 0.0)
     if kind == "memory":
-        jumps = (generator.random((steps, series)) < 2 / 1440) * generator.normal(0, 4, (steps, series))
-        return times, 60 + np.clip(np.cumsum(jumps, axis=0), -30, 15) + 0.02 * fresh
+        # Twice a day a pod loads one of the four models that it serves; a flat pool lies below it.
+        sizes = generator.uniform(0, 20, (4, series))
+        swaps = (generator.random((steps, series)) < 2 / 1440).cumsum(0)
+        chosen = generator.integers(0, 4, (int(swaps.max()) + 1, series))
+        column = np.arange(series)
+        return times, 40 + sizes[chosen[swaps, column], column] + 0.02 * fresh
     if kind == "queue":
         rate = 0.5 * np.maximum(shape, 0.05)
         return times, generator.poisson(rate * np.exp(0.5 * slow)).astype(float)

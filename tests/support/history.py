@@ -54,7 +54,15 @@ def write(
                 ]
                 file.write("".join(lines))
             file.write("# EOF\n")
-        command = [promtool, "tsdb", "create-blocks-from", "openmetrics", "--quiet", text, data]
+        command: list[str | Path] = [
+            promtool,
+            "tsdb",
+            "create-blocks-from",
+            "openmetrics",
+            "--quiet",
+            text,
+            data,
+        ]
         subprocess.run(command, check=True, capture_output=True)
     text.unlink()
 
