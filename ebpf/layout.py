@@ -88,7 +88,7 @@ TOTALS = struct.Struct(f"={10 + SIZE_SLOTS + LATENCY_SLOTS}Q")
 FAILURE_KEY = struct.Struct("=QIBBBx")
 CONTEXT_KEY = struct.Struct("=QQ")
 CONTEXT = struct.Struct("=QiI")
-THREAD = struct.Struct("=12Q192x")
+THREAD = struct.Struct(f"=12Q192x2Q{8 * STACK_DEPTH}x")
 EVENT = struct.Struct("=5QIIiIBBBBhxx")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
@@ -166,7 +166,7 @@ class Event(NamedTuple):
     device: int
 
 
-HASH, ARRAY, PERCPU_ARRAY, STACK_TRACE, RINGBUF = 1, 2, 6, 7, 27
+HASH, ARRAY, PERCPU_ARRAY, RINGBUF = 1, 2, 6, 27
 NO_PREALLOC = 1
 
 
@@ -198,6 +198,6 @@ def map_specs(live_entries: int, ring_bytes: int) -> dict[str, MapSpec]:
         "contexts": MapSpec(HASH, CONTEXT_KEY.size, CONTEXT.size, 4096, sparse=True),
         "destroyed": MapSpec(HASH, 8, 8, 8192, sparse=True),
         "losses": MapSpec(PERCPU_ARRAY, 4, 8, len(LOSSES)),
-        "stacks": MapSpec(STACK_TRACE, 4, STACK.size, 8192),
+        "stacks": MapSpec(HASH, 4, STACK.size, 8192, sparse=True),
         "events": MapSpec(RINGBUF, 0, 0, ring_bytes),
     }

@@ -11,7 +11,6 @@
 #define PROBE(name) int name(struct pt_regs *ctx)
 #define RAW_TRACEPOINT(name) int name(struct bpf_raw_tracepoint_args *ctx)
 #define DECLARE_MAP(name, type, key_type, value_type)
-#define GET_STACK(ctx, map, flags) ((long (*)(void *, void *, __u64))BPF_FUNC_get_stackid)(ctx, map, flags)
 #define MAP(name) ((void *)bpf_pseudo_fd(1, MAP_##name))
 #define ARG1(ctx) PT_REGS_PARM1(ctx)
 #define ARG2(ctx) PT_REGS_PARM2(ctx)
@@ -20,6 +19,8 @@
 #define ARG5(ctx) PT_REGS_PARM5(ctx)
 #define RESULT(ctx) PT_REGS_RC(ctx)
 #define STACK_POINTER(ctx) PT_REGS_SP(ctx)
+#define INSTRUCTION(ctx) PT_REGS_IP(ctx)
+#define FRAME(ctx) PT_REGS_FP(ctx)
 #if defined(__x86_64__)
 #define RETURN_POPS 8
 #else
@@ -32,7 +33,6 @@
 #include <bpf/bpf_helpers.h>
 #define PROBE(name) SEC("uprobe") int name(struct registers *ctx)
 #define RAW_TRACEPOINT(name) SEC("raw_tracepoint") int name(struct bpf_raw_tracepoint_args *ctx)
-#define GET_STACK(ctx, map, flags) bpf_get_stackid(ctx, map, flags)
 /* Sizes and flags are the loader's. */
 #define DECLARE_MAP(map_name, map_type, key_type, value_type) \
   struct {                                                    \
@@ -55,6 +55,8 @@ struct registers {
 #define ARG5(ctx) ((ctx)->r8)
 #define RESULT(ctx) ((ctx)->ax)
 #define STACK_POINTER(ctx) ((ctx)->sp)
+#define INSTRUCTION(ctx) ((ctx)->ip)
+#define FRAME(ctx) ((ctx)->bp)
 #define RETURN_POPS 8 /* at the entry the stack pointer is at the return address, after the return above it */
 #elif defined(TARGET_AARCH64)
 struct registers {
@@ -67,6 +69,8 @@ struct registers {
 #define ARG5(ctx) ((ctx)->regs[4])
 #define RESULT(ctx) ((ctx)->regs[0])
 #define STACK_POINTER(ctx) ((ctx)->sp)
+#define INSTRUCTION(ctx) ((ctx)->pc)
+#define FRAME(ctx) ((ctx)->regs[29])
 #define RETURN_POPS 0
 #else
 #error "give -DTARGET_X86_64 or -DTARGET_AARCH64"

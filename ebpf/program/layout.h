@@ -44,7 +44,7 @@ enum loss {
   LOST_LIVE,        /* the table of live allocations is full: this one is counted as allocated, not as live */
   LOST_FAILURE,     /* the table of failures by code is full */
   LOST_CONTEXT,     /* the tables of contexts are full: the allocation's context is unknown */
-  LOST_STACK,       /* the table of stacks is full or two stacks have one hash: the allocation has no stack */
+  LOST_STACK,       /* the table of stacks is full: the allocation has no stack */
   LOST_EVENT,       /* the ring is full */
   LOST_RESULT,      /* the address that a call had written could not be read */
   LOST_UNMAP,       /* one cuMemUnmap covered more mappings than are looked at */
@@ -55,6 +55,7 @@ enum loss {
 #define SIZE_SLOTS 40    /* by power of two: slot n holds sizes above 2^(n-1) up to 2^n, the last one all above */
 #define LATENCY_SLOTS 34 /* nanoseconds, likewise */
 #define CONTEXT_DEPTH 8
+#define STACK_DEPTH 32 /* frames kept of a stack, innermost first; 0 after the last */
 #define UNMAP_LIMIT 32
 
 /* Bits of a live allocation's address: what the entry is. Addresses of user space have at most 57 bits. */
@@ -129,6 +130,8 @@ struct thread {
   __u64 depth;
   __u64 handles[CONTEXT_DEPTH]; /* its contexts, the last one is current */
   struct call under_way[2];     /* by layer */
+  __u64 ip, frame;              /* of the caller, when a call returns */
+  __u64 stack[STACK_DEPTH];     /* room to gather one */
 };
 
 /* live: */
@@ -170,6 +173,11 @@ struct failure_key {
   __u8 kind;
   __u8 op;
   __u8 pad;
+};
+
+/* stacks: hash -> */
+struct stack {
+  __u64 addresses[STACK_DEPTH];
 };
 
 /* contexts: */
