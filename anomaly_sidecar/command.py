@@ -32,7 +32,9 @@ def _configure(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     run = actions.add_parser("run", help="read Prometheus and serve scores until SIGTERM")
-    run.add_argument("--config", metavar="FILE", type=Path, help="configuration (default: GPUGLASS_ANOMALY)")
+    run.add_argument(
+        "--config", metavar="FILE", type=Path, help="configuration (default: GPUGLASS_ANOMALY_CONFIG)"
+    )
     run.add_argument("--prometheus", metavar="URL", help="overrides prometheus.url")
     run.add_argument("--listen", metavar="ADDRESS", help="overrides server.listen")
     run.add_argument("--preset", metavar="NAME", action="append", default=[], help="adds a preset")
@@ -179,7 +181,7 @@ def _serve(arguments: Namespace) -> int:
     from gpuglass.store import Store
 
     file = arguments.config or (
-        Path(os.environ["GPUGLASS_ANOMALY"]) if os.environ.get("GPUGLASS_ANOMALY") else None
+        Path(os.environ["GPUGLASS_ANOMALY_CONFIG"]) if os.environ.get("GPUGLASS_ANOMALY_CONFIG") else None
     )
     loaded = _load(arguments, file)
     if not loaded.queries and not loaded.detectors:

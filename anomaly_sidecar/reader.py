@@ -160,7 +160,7 @@ class Reader:
             elements = [e for e in _ELEMENTS.decode(data.result) if len(bytes(e.values)) > 2]
         except msgspec.DecodeError:
             raise ReadError("answers with series that cannot be read") from None
-        times = step * np.arange(round((end - start) / step) + 1, dtype=np.float64) + start
+        times = step * np.arange(int((end - start) / step + 1e-6) + 1, dtype=np.float64) + start
         values = np.full((len(times), len(elements)), np.nan)
         for column, element in enumerate(elements):
             pairs = _pairs(bytes(element.values))

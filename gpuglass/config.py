@@ -317,6 +317,7 @@ NEEDS_RESTART = (
 
 FOREIGN_VARIABLES = frozenset(
     {
+        "GPUGLASS_ANOMALY_CONFIG",
         "GPUGLASS_CONFIG",
         "GPUGLASS_CACHE",
         "GPUGLASS_SOCKET",

@@ -40,7 +40,7 @@ class FakeServer:
         if path.endswith("query_range"):
             start, end, step = (float(form[name]) for name in ("start", "end", "step"))
             points: dict[Any, list[Any]] = {}
-            for number in range(round((end - start) / step) + 1):
+            for number in range(int((end - start) / step + 1e-6) + 1):
                 at = start + number * step
                 for labels, value in self.world(query, at).items():
                     points.setdefault(labels, []).append([at, repr(value)])

@@ -141,6 +141,7 @@ def test_backtest_and_explain_show_what_fired_and_why(
         assert why.returncode == 0, why.stderr
         assert "seasonal" in why.stdout
         assert "direction both" in why.stdout
+        assert "score" in why.stdout
         assert gpuglass("backtest", "--query", f"{NAME}{{", "--start", "6h", *at).returncode == 1
         nothing = gpuglass("backtest", "--query", "no_such_series", "--start", "6h", *at)
         assert (nothing.returncode, "no samples there" in nothing.stderr) == (1, True)

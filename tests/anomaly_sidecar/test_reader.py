@@ -44,6 +44,14 @@ def test_a_long_range_comes_in_pieces_within_the_limits() -> None:
     assert np.concatenate([piece.values[:, 0] for piece in pieces]).tolist() == [60.0 * n for n in range(101)]
 
 
+def test_an_end_between_two_steps_adds_no_step() -> None:
+    with running(FakeServer(world)) as server:
+        reader = Reader(PrometheusConfig(url=server.url))
+        (piece,) = reader.history("m", AT, AT + 299, 60.0, series=2)
+    assert piece.times[-1] == AT + 240
+    assert np.isfinite(piece.values).all()
+
+
 def test_gaps_in_a_range_are_gaps() -> None:
     def holes(query: str, at: float) -> Series:
         return {} if at in (AT + 60, AT + 120) else world(query, at)
