@@ -3,8 +3,8 @@
 A simulated fleet at one sample a minute: loads with a shape of the day and the week, GPUs that idle and are
 busy in bursts, memory that steps when models are swapped, queues that are mostly empty, temperatures that
 follow the load, and constants; two weeks of each, of which the first three days are learned from. With
-`--data`, the files of the Numenta benchmark that hold no anomaly, too. Steps of six standard deviations say that the
-silence is no deafness. The peer is a band of four standard deviations around the mean of a day.
+`--data`, the files of the Numenta benchmark that hold no anomaly, too. Steps of six standard deviations say
+that the silence is no deafness. The peer is a band of four standard deviations around the mean of a day.
 """
 
 from __future__ import annotations
