@@ -217,8 +217,7 @@ START_TIME = _own(
 EVALUATIONS = _own(
     "evaluations_total",
     Kind.COUNTER,
-    "Evaluations of a query or detector by result: ok, partial (the server said that it left something out) or "
-    "failed.",
+    "Evaluations of a query or detector by result: ok, partial (the server left something out) or failed.",
     "query",
     "result",
     absent=_NOT_YET,

@@ -4,6 +4,7 @@ function of time says: for what a real Prometheus cannot be made to do."""
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +56,7 @@ def _success(kind: str, result: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(server: FakeServer) -> Iterator[FakeServer]:
+def running(server: FakeServer, tls: ssl.SSLContext | None = None) -> Iterator[FakeServer]:
     """Serves until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -101,9 +102,11 @@ def running(server: FakeServer) -> Iterator[FakeServer]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
+    if tls is not None:
+        http.socket = tls.wrap_socket(http.socket, server_side=True)
     thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
     thread.start()
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
+    server.url = f"http{'s' if tls else ''}://127.0.0.1:{http.server_address[1]}"
     try:
         yield server
     finally:

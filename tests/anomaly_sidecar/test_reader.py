@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ssl
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from anomaly_sidecar.config import PrometheusConfig
 from anomaly_sidecar.reader import Reader, ReadError, labels_of
 from tests.anomaly_sidecar.fake_server import FakeServer, Series, running
+from tests.gpuglass.test_web_config import LOCALHOST, make_pair
 
 AT = 1_700_006_400.0
 
@@ -128,3 +130,27 @@ def test_nobody_there_is_one_line() -> None:
 def test_a_plain_server_is_no_tls_server() -> None:
     with running(FakeServer(world)) as server, pytest.raises(ReadError):
         Reader(PrometheusConfig(url=server.url.replace("http:", "https:"))).now()
+
+
+def test_certificates_are_verified_and_the_readers_own_is_shown(tmp_path: Path) -> None:
+    authority = make_pair("authority")
+    for name in ("server", "client"):
+        make_pair(name, authority, LOCALHOST).write(tmp_path, name)
+    authority.write(tmp_path, "authority")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    context.load_verify_locations(tmp_path / "authority.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    ca, cert, key = (str(tmp_path / name) for name in ("authority.crt", "client.crt", "client.key"))
+    with running(FakeServer(world), context) as server:
+        both = PrometheusConfig(url=server.url, ca_file=ca, cert_file=cert, key_file=key)
+        assert Reader(both).instant("m", AT + 1).values[0] == 1
+        with pytest.raises(ReadError):
+            Reader(PrometheusConfig(url=server.url, ca_file=ca)).now()
+        with pytest.raises(ReadError, match="not trusted"):
+            Reader(PrometheusConfig(url=server.url)).now()
+        with pytest.raises(ReadError, match="No such file"):
+            Reader(PrometheusConfig(url=server.url, ca_file=str(tmp_path / "none.pem"))).now()
+        (tmp_path / "broken.pem").write_text("no certificate")
+        with pytest.raises(ReadError, match="no PEM file"):
+            Reader(PrometheusConfig(url=server.url, ca_file=str(tmp_path / "broken.pem"))).now()
