@@ -59,7 +59,7 @@ LEAK_SINCE = _leak(
 LEAK_CONFIDENCE = _leak(
     "leak_confidence_ratio",
     "ratio",
-    "Strength of the evidence. 0.5: just enough; 1: a straight line, three times as high as the least judged.",
+    "Strength of the evidence. 0.5: just enough; 1: a straight line, three times the least that is judged.",
 )
 LEAK_PER_REQUEST = _leak(
     "leak_request_bytes",
