@@ -75,7 +75,7 @@ OF_OBJECT = 1 << 62
 OF_MAPPING = 1 << 61
 ADDRESS = OF_MAPPING - 1
 
-STACK_DEPTH = 32
+STACK_DEPTH = 31
 """Frames kept of a stack."""
 
 SETTINGS = struct.Struct("=Q4III8Q")
@@ -88,11 +88,11 @@ TOTALS = struct.Struct(f"={10 + SIZE_SLOTS + LATENCY_SLOTS}Q")
 FAILURE_KEY = struct.Struct("=QIBBBx")
 CONTEXT_KEY = struct.Struct("=QQ")
 CONTEXT = struct.Struct("=QiI")
-THREAD = struct.Struct(f"=12Q192x2Q{8 * STACK_DEPTH}x")
+THREAD = struct.Struct(f"=12Q192x3Q{8 + 8 * STACK_DEPTH}x")
 EVENT = struct.Struct("=5QIIiIBBBBhxx")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
-STACK = struct.Struct(f"={STACK_DEPTH}Q")
+STACK = struct.Struct(f"=Q{STACK_DEPTH}Q")
 
 
 class Record(NamedTuple):

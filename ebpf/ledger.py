@@ -233,7 +233,10 @@ class Ledger:
     def stack(self, number: int) -> tuple[int, ...]:
         """A stack's addresses, innermost first."""
         raw = self._maps["stacks"].get(layout.U32.pack(number)) if number >= 0 else None
-        return () if raw is None else tuple(address for address in layout.STACK.unpack(raw) if address)
+        if raw is None:
+            return ()
+        depth, *addresses = layout.STACK.unpack(raw)
+        return tuple(addresses[:depth])
 
     def forget(self, ids: frozenset[int]) -> None:
         """Remove all that the kernel holds of lives that have ended."""

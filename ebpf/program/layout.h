@@ -55,7 +55,7 @@ enum loss {
 #define SIZE_SLOTS 40    /* by power of two: slot n holds sizes above 2^(n-1) up to 2^n, the last one all above */
 #define LATENCY_SLOTS 34 /* nanoseconds, likewise */
 #define CONTEXT_DEPTH 8
-#define STACK_DEPTH 32 /* frames kept of a stack, innermost first; 0 after the last */
+#define STACK_DEPTH 31 /* frames kept of a stack, innermost first */
 #define UNMAP_LIMIT 32
 
 /* Bits of a live allocation's address: what the entry is. Addresses of user space have at most 57 bits. */
@@ -122,6 +122,12 @@ struct call {
   struct live taken; /* what a free took out of the ledger when it began */
 };
 
+/* stacks: hash -> */
+struct stack {
+  __u64 depth; /* what lies behind it means nothing */
+  __u64 addresses[STACK_DEPTH];
+};
+
 /* threads: tid and tgid -> what a thread that makes calls is at. Only the thread itself changes it. */
 struct thread {
   __u64 id;
@@ -131,7 +137,8 @@ struct thread {
   __u64 handles[CONTEXT_DEPTH]; /* its contexts, the last one is current */
   struct call under_way[2];     /* by layer */
   __u64 ip, frame;              /* of the caller, when a call returns */
-  __u64 stack[STACK_DEPTH];     /* room to gather one */
+  __u64 known_stack;            /* the last that is in the table for certain */
+  struct stack stack;           /* room to gather one */
 };
 
 /* live: */
@@ -173,11 +180,6 @@ struct failure_key {
   __u8 kind;
   __u8 op;
   __u8 pad;
-};
-
-/* stacks: hash -> */
-struct stack {
-  __u64 addresses[STACK_DEPTH];
 };
 
 /* contexts: */

@@ -229,24 +229,28 @@ INLINE struct event *new_event(struct settings *settings, __u32 type, __u64 now,
 INLINE __s32 stack_of(struct thread *thread, struct settings *settings) {
   if (!settings->stacks)
     return -1;
-  __u64 frame[2], at = thread->frame, hash = 0xcbf29ce484222325ULL; /* FNV-1a, by words */
-  __builtin_memset(thread->stack, 0, sizeof(thread->stack));
-  thread->stack[0] = thread->ip;
-  hash = (hash ^ thread->ip) * 0x100000001b3ULL;
+  __u64 frame[2], at = thread->frame, depth = 1;
+  __u64 hash = (0xcbf29ce484222325ULL ^ thread->ip) * 0x100000001b3ULL; /* FNV-1a, by words */
+  thread->stack.addresses[0] = thread->ip;
   for (int i = 1; i < STACK_DEPTH; i++) {
     if (bpf_probe_read_user(frame, sizeof(frame), (void *)at) || !frame[1])
       break;
-    thread->stack[i] = frame[1];
+    thread->stack.addresses[i] = frame[1];
+    depth += 1;
     hash = (hash ^ frame[1]) * 0x100000001b3ULL;
     if (frame[0] <= at) /* stacks grow downwards: no frame pointer */
       break;
     at = frame[0];
   }
+  if (hash == thread->known_stack)
+    return (hash ^ hash >> 32) & 0x7fffffff;
   __u32 id = (hash ^ hash >> 32) & 0x7fffffff;
-  if (!LOOKUP(stacks, &id) && STORE_NEW(stacks, &id, thread->stack) && !LOOKUP(stacks, &id)) {
+  thread->stack.depth = depth;
+  if (!LOOKUP(stacks, &id) && STORE_NEW(stacks, &id, &thread->stack) && !LOOKUP(stacks, &id)) {
     count_loss(LOST_STACK);
     return -1;
   }
+  thread->known_stack = hash;
   return id;
 }
 
