@@ -9,7 +9,7 @@ Each part runs torch in a process of its own, told line by line, with the tracer
 compares at each step what the ledger holds, plus what the driver listed beyond it when only the context was
 there, with what NVML lists for the process: within 2 %. Parts: the plain allocator, expandable segments, an
 induced out-of-memory, a real leak. Then a loop of allocations and frees by turns with and without the tracer.
-Ends with one JSON line. """
+Ends with one JSON line."""
 
 from __future__ import annotations
 
