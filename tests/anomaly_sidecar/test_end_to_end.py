@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
+from anomaly_sidecar.presets import PRESETS
 from tests.support import history
 from tests.support.ports import free_port
 from tests.support.prometheus import Prometheus, promtool_check_metrics, running_prometheus
@@ -170,3 +171,16 @@ def test_presets_and_kinds_are_listed() -> None:
     assert gpuglass("kinds").returncode == 0
     (file := Path(os.devnull)).exists()
     assert gpuglass("check", str(file)).stdout.startswith(f"{file}: ok")
+
+
+@pytest.mark.needs("debian-prometheus")
+def test_prometheus_understands_every_expression_of_the_presets(prometheus: Path, tmp_path: Path) -> None:
+    expressions = [
+        expression
+        for preset in PRESETS.values()
+        for entry in (*preset.get("queries", ()), *preset.get("detectors", ()))
+        for expression in ([entry["expr"]] if "expr" in entry else entry["inputs"].values())
+    ]
+    with running_prometheus(prometheus, [], tmp_path) as server:
+        for expression in expressions:
+            assert server.query(expression) == []
