@@ -160,11 +160,11 @@ class Sidecar:
             self._lock_file = None
 
     def not_ready(self) -> str | None:
-        """Why there is nothing to scrape yet, in one line."""
+        """Why there is nothing to scrape yet, in one line that anyone may read: without addresses."""
         waiting = [running.unit.spec.name for running in self._running if running.unit.last_live is None]
         if not self._running or len(waiting) < len(self._running):
             return None
-        return self._trouble or f"reading history of {waiting[0]}"
+        return "the server to read from does not answer" if self._trouble else "reading history"
 
     def _until_due(self) -> float:
         if not self.server_clock.known:
