@@ -54,11 +54,11 @@ class Discovery:
         self._attacher = attacher
         self._proc = proc
         self._own = own
-        self._due: list[tuple[float, int, int]] = []
-        """When to look at which pid, and how often it was looked at."""
+        self._due: list[tuple[float, int]] = []
+        """When to look at which pid."""
         self._known: OrderedDict[int, float] = OrderedDict()
         """When each pid was last looked at."""
-        self._roots: OrderedDict[tuple[int, bytes], float] = OrderedDict()
+        self._roots: OrderedDict[tuple[int, int, int, bytes], float] = OrderedDict()
         self.libraries: dict[int, list[Attachment]] = {}
         """What each living process was seen with."""
 
@@ -72,20 +72,24 @@ class Discovery:
     def started(self, pid: int, now: float) -> None:
         """A program began to run: look where it will look."""
         self._before_it_loads(pid, now)
+        self._again(pid, now)
+
+    def _again(self, pid: int, now: float) -> None:
         for after in LOOKS:
-            heapq.heappush(self._due, (now + after, pid, 1))
-        del self._due[_MAX_KNOWN:]
+            if len(self._due) < _MAX_KNOWN:
+                heapq.heappush(self._due, (now + after, pid))
 
     def _before_it_loads(self, pid: int, now: float) -> None:
         try:
             namespace = os.stat(self._proc.root / str(pid) / "ns/mnt").st_ino
+            folder = os.stat(self._proc.root / str(pid) / "root")  # a runtime changes it on the way
         except OSError:
             return
         environment = self._proc.read(pid, "environ", _ENVIRON_LIMIT) or b""
         paths = next((v[16:] for v in environment.split(b"\0") if v.startswith(b"LD_LIBRARY_PATH=")), b"")[
             :4096
         ]
-        key = (namespace, paths)
+        key = (namespace, folder.st_dev, folder.st_ino, paths)
         if now - self._roots.get(key, -EACH) < 1.0:
             return
         self._roots[key] = now
@@ -95,8 +99,8 @@ class Discovery:
         folders = [
             os.fsdecode(part).strip("/") for part in re.split(rb"[:;]", paths)[:32] if part[:1] == b"/"
         ]
-        for folder in (*folders, *STANDARD):
-            self._candidates(root, folder)
+        for name in (*folders, *STANDARD):
+            self._candidates(root, name)
 
     def _candidates(self, root: str, folder: str) -> None:
         # Opened below the process's root as the kernel resolves it there; a link that leaves it would be
@@ -149,7 +153,7 @@ class Discovery:
         """Look at the processes whose time has come; once a second or so."""
         left = _PER_ROUND
         while self._due and self._due[0][0] <= now and left:
-            _, pid, _ = heapq.heappop(self._due)
+            _, pid = heapq.heappop(self._due)
             self.look(pid, now)
             left -= 1
         for pid in on_gpu:
@@ -167,6 +171,8 @@ class Discovery:
         for pid in pids:
             if not left:
                 break
+            if pid not in self._known:
+                self._again(pid, now)  # its start was not told, or it began before us
             if now - self._known.get(pid, -EACH) >= EACH:
                 self.look(pid, now)
                 left -= 1

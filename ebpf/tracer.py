@@ -42,7 +42,7 @@ from gpuglass.workload import WorkloadResolver
 from gpuglass_vllm import records
 
 RING_BYTES = 1 << 19
-PER_SECOND = (100, 100, 20)
+PER_SECOND = (100, 100, 100)
 """Most failures, large allocations and starts of programs that the kernel tells in a second."""
 LINGER = 60.0
 """Seconds for which the last values of an ended process are shown, and an unused library stays probed."""
