@@ -20,7 +20,7 @@ from gpuglass.config import LogConfig, Seconds, ServerConfig, read_yaml_mapping
 from gpuglass.errors import ConfigError
 
 MAX_QUERIES = 200
-DEFAULT_LISTEN = "127.0.0.1:9956"
+DEFAULT_LISTEN = "127.0.0.1:9957"
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}\Z")

@@ -22,7 +22,7 @@ def test_defaults_and_durations() -> None:
     config = parsed(queries=[{**Q, "interval": "30s", "history": "14d"}])
     (query,) = config.queries
     assert (query.interval, query.history, query.direction) == (30, 14 * 86400, "both")
-    assert config.server.listen.endswith(":9956")
+    assert config.server.listen.endswith(":9957")
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
