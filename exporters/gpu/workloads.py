@@ -14,10 +14,7 @@ from exporters.gpu.collectors.processes import UNKNOWN_PROCESS
 from gpuglass.config import Config
 from gpuglass.podresources import Allocation, PodResources, PodResourcesClient
 from gpuglass.procfs import ProcFs
-from gpuglass.workload import Workload, WorkloadResolver
-
-CONTAINER_ID_LENGTH = 12
-"""Characters of a container id in labels, as container tools print it."""
+from gpuglass.workload import WorkloadResolver
 
 
 class Workloads:
@@ -72,7 +69,7 @@ class Workloads:
         process, workload = found
         if not self._namespace.is_host:
             return "", "", "", UNKNOWN_PROCESS  # a pid of ours by chance, not the driver's
-        return workload.namespace, workload.pod, container_label(workload), process.name
+        return *workload.labels, process.name
 
     @property
     def allocations(self) -> tuple[Allocation, ...]:
@@ -92,8 +89,3 @@ class Workloads:
             "pod_resources": pod_resources,
             "container_names": "supported" if self._container_logs.is_dir() else "absent",
         }
-
-
-def container_label(workload: Workload) -> str:
-    """Name of the container; outside Kubernetes, where names are not to be had, the beginning of its id."""
-    return workload.container or ("" if workload.is_pod else workload.container_id[:CONTAINER_ID_LENGTH])

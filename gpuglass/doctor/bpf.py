@@ -45,10 +45,9 @@ class Kernel:
 def checks(root: Path, proc: ProcFs, kernel: Kernel) -> list[Check]:
     """All checks of this group; the memory limit only where the kernel counts it."""
     found = [
-        version(kernel, (root / "sys/kernel/btf/vmlinux").exists()),
+        version(kernel),
         rights(proc.read("self", "status", 65536) or b"", kernel),
         lockdown(_text(root / "sys/kernel/security/lockdown")),
-        tracefs(proc.read("self", "mounts", 1 << 20) or b""),
         headers(root, kernel.release),
         bcc(root, kernel.other_bcc),
     ]
@@ -57,8 +56,8 @@ def checks(root: Path, proc: ProcFs, kernel: Kernel) -> list[Check]:
     return found
 
 
-def version(kernel: Kernel, has_btf: bool) -> Check:
-    """Ring buffers came with 5.8; BTF is for programs that are compiled elsewhere."""
+def version(kernel: Kernel) -> Check:
+    """Ring buffers came with 5.8. BTF is not needed: the program reads nothing of the kernel's own."""
     title = "kernel"
     if kernel.version < RING_BUFFER:
         return Check(
@@ -68,15 +67,7 @@ def version(kernel: Kernel, has_btf: bool) -> Check:
             f"{kernel.release} has no BPF ring buffers",
             "kernel 5.8 or newer",
         )
-    if not has_btf:
-        return Check(
-            "bpf.kernel",
-            title,
-            Status.INFO,
-            f"{kernel.release} without BTF (/sys/kernel/btf/vmlinux)",
-            "a kernel built with CONFIG_DEBUG_INFO_BTF=y; in a container: mount /sys read-only",
-        )
-    return Check("bpf.kernel", title, Status.OK, f"{kernel.release} with BTF")
+    return Check("bpf.kernel", title, Status.OK, kernel.release)
 
 
 def rights(status: bytes, kernel: Kernel) -> Check:
@@ -121,22 +112,6 @@ def lockdown(text: str) -> Check:
             "boot with lockdown=integrity, or without lockdown=",
         )
     return Check("bpf.lockdown", title, Status.OK, match[1] if match is not None else "none")
-
-
-def tracefs(mounts: bytes) -> Check:
-    """bcc 0.26 attaches without it, but cannot detach."""
-    title = "tracefs"
-    for line in mounts.splitlines():
-        fields = line.split()
-        if len(fields) >= 3 and fields[2] == b"tracefs" and fields[1] == b"/sys/kernel/tracing":
-            return Check("bpf.tracefs", title, Status.OK, "mounted at /sys/kernel/tracing")
-    return Check(
-        "bpf.tracefs",
-        title,
-        Status.INFO,
-        "not mounted: probes could not be taken off again",
-        "mount -t tracefs nodev /sys/kernel/tracing",
-    )
 
 
 def headers(root: Path, release: str) -> Check:
