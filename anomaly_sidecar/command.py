@@ -171,13 +171,12 @@ class SystemClock:
 def _serve(arguments: Namespace) -> int:
     import threading
 
-    import gpuglass
     from anomaly_sidecar.sidecar import Sidecar
     from anomaly_sidecar.workers import InlineWorkers, WorkerPool
     from gpuglass import catalog
     from gpuglass.family import Owner
     from gpuglass.logs import LOG, configure
-    from gpuglass.server import ListenError, MetricsServer, ServerLimits, WebConfigError
+    from gpuglass.serving import make_server, start_server
     from gpuglass.store import Store
 
     file = arguments.config or (
@@ -193,27 +192,8 @@ def _serve(arguments: Namespace) -> int:
     store, clock = Store(catalog.owned_by(Owner.ANOMALY)), SystemClock()
     workers = WorkerPool(loaded.workers) if loaded.workers else InlineWorkers()
     sidecar = Sidecar(loaded, make_units(loaded, workers), workers, store, clock)
-    server = loaded.server
-    try:
-        metrics = MetricsServer(
-            store,
-            listen=server.listen,
-            web_config=Path(server.web_config_file) if server.web_config_file else None,
-            limits=ServerLimits(
-                connections=server.max_connections,
-                scrapes=server.max_scrapes,
-                request_seconds=server.request_timeout,
-                idle_seconds=server.idle_timeout,
-            ),
-            readiness=sidecar.not_ready,
-            title="GPUGlass anomaly sidecar",
-            version=gpuglass.__version__,
-        )
-        metrics.start()
-    except ListenError as error:
-        raise ConfigError(f"server.{error}") from None
-    except WebConfigError as error:
-        raise ConfigError(f"server.web_config_file: {error}") from None
+    metrics = make_server(loaded.server, store, readiness=sidecar.not_ready, title="GPUGlass anomaly sidecar")
+    start_server(metrics)
     sidecar.open()
     loop = threading.Thread(target=_loop, args=(sidecar.run, clock), name="sidecar", daemon=True)
     loop.start()

@@ -15,16 +15,15 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import gpuglass
 from gpuglass import catalog
 from gpuglass.command import Command
 from gpuglass.config import Config, check_reload, load
-from gpuglass.errors import ConfigError, UserError
+from gpuglass.errors import UserError
 from gpuglass.family import Owner, Tier
 from gpuglass.logs import LOG, configure
 from gpuglass.part import Part, PartContext
 from gpuglass.self_metrics import ReloadState, SelfMetrics
-from gpuglass.server import ListenError, MetricsServer, ServerLimits, WebConfigError
+from gpuglass.serving import make_server, start_server
 from gpuglass.store import Store
 
 STOP_TIMEOUT = 5.0
@@ -40,7 +39,7 @@ class Agent:
         self._capabilities: list[Callable[[], Mapping[str, str]]] = []
         self.reloads = ReloadState()
         self.parts = self._make_parts()
-        self.server = _server(self, config)
+        self.server = make_server(config.server, self.store, readiness=self.not_ready, title="GPUGlass agent")
         self.store.add_live(
             "agent",
             SelfMetrics(
@@ -68,12 +67,7 @@ class Agent:
 
     def start(self) -> None:
         """Serve first, then let the parts work: a busy port is found before anything else happens."""
-        try:
-            self.server.start()
-        except ListenError as error:
-            raise ConfigError(f"server.{error}") from None
-        except WebConfigError as error:
-            raise ConfigError(f"server.web_config_file: {error}") from None
+        start_server(self.server)
         for part in self.parts.values():
             part.start()
 
@@ -99,27 +93,6 @@ class Agent:
         for part in self.parts.values():
             clean = part.stop(STOP_TIMEOUT / 2) and clean
         return clean
-
-
-def _server(agent: Agent, config: Config) -> MetricsServer:
-    server = config.server
-    try:
-        return MetricsServer(
-            agent.store,
-            listen=server.listen,
-            web_config=Path(server.web_config_file) if server.web_config_file else None,
-            limits=ServerLimits(
-                connections=server.max_connections,
-                scrapes=server.max_scrapes,
-                request_seconds=server.request_timeout,
-                idle_seconds=server.idle_timeout,
-            ),
-            readiness=agent.not_ready,
-            title="GPUGlass agent",
-            version=gpuglass.__version__,
-        )
-    except ListenError as error:
-        raise ConfigError(f"server.{error}") from None
 
 
 def run(agent: Agent) -> bool:
