@@ -21,10 +21,6 @@ CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 3
 """What is needed, by bit of CapEff (linux/capability.h). CAP_SYS_ADMIN stands for the last two."""
 _SYS_ADMIN = 21
 
-DEFAULT_ALLOW = ("x86_64 *",)
-"""arm64 compiles and is not tried on a machine: probes of another vendor crashed GPU nodes of that
-architecture."""
-
 
 class Refused(ConfigError):
     """The tracer does not run here; one line."""

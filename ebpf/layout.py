@@ -65,7 +65,8 @@ LOSSES = (
 )
 """Names of `enum loss`."""
 
-ALIVE, LEADER_EXITED, EXECED = 0, 1, 2
+EXECED = 2
+"""Of `record.reason`: the process became another program."""
 
 SIZE_SLOTS = 40
 LATENCY_SLOTS = 34

@@ -265,7 +265,8 @@ class TracerConfig(_Section, frozen=True):
     object: str = ""
     """The prebuilt object; empty: the one that `make bpf` puts beside the source."""
     allow: tuple[str, ...] = ("x86_64 *",)
-    """Patterns of `ARCHITECTURE KERNEL` on which it may run."""
+    """Patterns of `ARCHITECTURE KERNEL` on which it may run. arm64 compiles and was tried on no machine:
+    probes of another vendor crashed GPU nodes of that architecture."""
     budget: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
     """Share of a core that tracing may take per traced process; above it all probes go. 0: no limit."""
     runtime: bool = False

@@ -56,18 +56,11 @@ def ratio(percent: float) -> float | None:
 class GpmSampler:
     """Means of GPM metrics over the time since the sample before. One per GPU or MIG instance, one thread."""
 
-    def __init__(
-        self,
-        take: Callable[[Any], None],
-        metrics: Sequence[int],
-        prefix: str = "",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, take: Callable[[Any], None], metrics: Sequence[int], prefix: str = "") -> None:
         """`take` reads the counters of a GPU or an instance into a sample buffer.
 
         `prefix` stands before the names of capabilities: instances can have what their parent has not.
         """
-        self._clock = clock
         self._take = take
         self._capability = {metric: prefix + CAPABILITY[metric] for metric in metrics}
         self._name = f"{prefix}gpm"
@@ -83,7 +76,7 @@ class GpmSampler:
         with 0 seconds, since they were told before.
         """
         # The counters are read when the driver gets to it, not when the tick began.
-        short = 0.0 if self._sampled_at is None else MIN_WINDOW - (self._clock() - self._sampled_at)
+        short = 0.0 if self._sampled_at is None else MIN_WINDOW - (time.monotonic() - self._sampled_at)
         if short > MAX_WAIT:
             return None if self._values is None else (self._values, 0.0)
         if short > 0:
@@ -102,7 +95,7 @@ class GpmSampler:
             see.failed(self._name, error)
             return None
         see.succeeded(self._name)
-        before, self._sampled_at = self._sampled_at, self._clock()
+        before, self._sampled_at = self._sampled_at, time.monotonic()
         self._samples.reverse()  # the newest is first, the older one is filled next
         if before is None:
             return None

@@ -99,9 +99,8 @@ class Life:
             clean = clean and not self.watcher.is_alive()
         if not clean:
             return False
-        ended = [
-            worker.close(until) for worker in self.workers
-        ]  # each is to be closed, whatever the others say
+        # Each is to be closed, whatever the others say.
+        ended = [worker.close(until) for worker in self.workers]
         return all(ended)
 
     def driver_down(self) -> str | None:

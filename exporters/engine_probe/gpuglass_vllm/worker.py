@@ -72,8 +72,7 @@ def _attach(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     EXPERTS.activate()
     if getattr(worker, _PROBE, None) is None:
         setattr(worker, _PROBE, Probe(worker))
-        device = getattr(getattr(worker.vllm_config, "device_config", None), "device_type", "")
-        _wrap_methods(type(worker), device)
+        _wrap_methods(type(worker))
 
 
 def _guarded(hook: hooks.Hook, function: Callable[..., Any], *args: Any) -> Any:
@@ -93,26 +92,35 @@ def _defining(cls: type, name: str) -> type:
     return next((base for base in cls.__mro__ if name in vars(base)), cls)
 
 
-def _wrap_methods(cls: type, device: str) -> None:
-    def on(name: str, hook: hooks.Hook, **calls: Any) -> None:
-        hooks.wrap(_defining(cls, name), name, hook, **calls)
+def _call(method: str) -> Callable[..., Any]:
+    """The method of a worker's probe, as a hook calls it."""
+    function = getattr(Probe, method)
 
-    def call(method: str) -> Callable[..., Any]:
-        function = getattr(Probe, method)
+    def forwarded(worker: Any, *args: Any) -> Any:
+        probe = getattr(worker, _PROBE, None)
+        return function(probe, *args) if probe is not None else None
 
-        def forwarded(worker: Any, *args: Any) -> Any:
-            probe = getattr(worker, _PROBE, None)
-            return function(probe, *args) if probe is not None else None
+    return forwarded
 
-        return forwarded
 
-    on("compile_or_warm_up_model", EXPERTS, before=call("bind_experts"))
-    on("compile_or_warm_up_model", STEPS, before=call("warm_up"), after=call("start"))
-    on("execute_model", STEPS, before=call("execute"), after=call("executed"), on_error=call("failed"))
+def _wrap(cls: type, name: str, hook: hooks.Hook, **calls: str) -> None:
+    """Put methods of the probe around a worker's method: `before="execute"`."""
+    found = {when: _call(method) for when, method in calls.items()}
+    hooks.wrap(_defining(cls, name), name, hook, **found)
+
+
+def _wrap_methods(cls: type) -> None:
+    """All but `sample_tokens`: what is called there depends on the clock."""
+    _wrap(cls, "compile_or_warm_up_model", EXPERTS, before="bind_experts")
+    _wrap(cls, "compile_or_warm_up_model", STEPS, before="warm_up", after="start")
+    _wrap(cls, "execute_model", STEPS, before="execute", after="executed", on_error="failed")
+    _wrap(cls, "execute_dummy_batch", STEPS, before="dummy", after="sampled", on_error="cancel")
+
+
+def _wrap_sampling(cls: type, clock: str) -> None:
     # Only a clock of the host has to know when it comes back to the step.
-    before = None if device == "cuda" else call("sample")
-    on("sample_tokens", STEPS, before=before, after=call("sampled"), on_error=call("sampling_failed"))
-    on("execute_dummy_batch", STEPS, before=call("dummy"), after=call("sampled"), on_error=call("cancel"))
+    comes_back = {"before": "sample"} if clock == WallClock.kind else {}
+    _wrap(cls, "sample_tokens", STEPS, after="sampled", on_error="sampling_failed", **comes_back)
 
 
 class Probe:
@@ -164,6 +172,7 @@ class Probe:
             self._describe_device()
             model = self._work_model()
             self.clock = self._new_clock()
+            _wrap_sampling(type(self.worker), self.clock.kind)
             self.ledger = Ledger(model)
             for hook in (OUT_OF_MEMORY, PADDING, SAMPLES):
                 hook.activate()

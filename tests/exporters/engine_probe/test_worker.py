@@ -69,6 +69,25 @@ def test_a_step_is_forward_pass_and_sampling(probe: Probe) -> None:
     assert told.attributed_ns == 4000
 
 
+@pytest.mark.parametrize(("clock", "calls"), [("wall", ["sample", "sampled"]), ("cuda", ["sampled"])])
+def test_only_a_clock_of_the_host_is_told_that_sampling_begins(
+    monkeypatch: pytest.MonkeyPatch, probe: Probe, clock: str, calls: list[str]
+) -> None:
+    seen: list[str] = []
+    for name in ("sample", "sampled"):
+        monkeypatch.setattr(Probe, name, lambda *_, name=name: seen.append(name))
+
+    class Worker:
+        def sample_tokens(self, grammar: Any) -> str:
+            return f"tokens by {grammar}"
+
+    worker._wrap_sampling(Worker, clock)
+    engine = Worker()
+    setattr(engine, worker._PROBE, probe)
+    assert engine.sample_tokens("g") == "tokens by g"
+    assert seen == calls
+
+
 def test_a_result_without_sampling_ends_the_step(probe: Probe) -> None:
     """Pooling models, and versions that sample within `execute_model`."""
     step(probe, output([new("a", 4)], {}, {"a": 4}), result=object())
