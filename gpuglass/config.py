@@ -256,6 +256,45 @@ class EnginesConfig(_Section, frozen=True):
             raise ValueError(f"socket: must be an absolute path, is {_shown(self.socket)}")
 
 
+MAX_PRICES = 100
+"""Patterns of priced GPU models."""
+
+
+class PricesConfig(_Section, frozen=True):
+    """What an hour of a GPU costs. Exported beside the models, for rules, alerts and dashboards; give every
+    agent the same."""
+
+    currency: str = "USD"
+    example: bool = False
+    """true says that the prices are placeholders, and an alert asks for real ones."""
+    per_gpu_hour: dict[str, float] = {}
+    """Price of an hour by pattern of the model's name (gpuglass_gpu_info): a regular expression that has to
+    match the whole name; the first one that does counts. A name without special characters is exported by
+    every agent, whether it has such a card or not."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z]{1,16}", self.currency):
+            raise ValueError(f"currency: must be 1 to 16 letters such as USD, is {_shown(self.currency)}")
+        if len(self.per_gpu_hour) > MAX_PRICES:
+            raise ValueError(f"per_gpu_hour: {len(self.per_gpu_hour)} patterns are more than {MAX_PRICES}")
+        for pattern, price in self.per_gpu_hour.items():
+            if not 0 < len(pattern) <= 128 or not pattern.isprintable():
+                raise ValueError(
+                    f"per_gpu_hour: a pattern has 1 to 128 printable characters, not {_shown(pattern)}"
+                )
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"per_gpu_hour: {_shown(pattern)} is no regular expression: {error}"
+                ) from None
+            if not 0 <= price < 1e6:  # NaN compares false
+                raise ValueError(
+                    f"per_gpu_hour: the price of {_shown(pattern)} must be from 0 to below 1000000, "
+                    f"is {price:g}"
+                )
+
+
 class TracerConfig(_Section, frozen=True):
     """The CUDA memory tracer, a process of its own: `gpuglass cuda-tracer`. The agent takes nothing of it."""
 
@@ -305,6 +344,7 @@ class Config(_Section, frozen=True):
     gpu: GpuConfig = GpuConfig()
     engines: EnginesConfig = EnginesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
+    prices: PricesConfig = PricesConfig()
     tracer: TracerConfig = TracerConfig()
     proc: str = "/proc"
     """Where the host's /proc is seen."""

@@ -41,6 +41,8 @@ class PartContext:
     """Takes a function that gives states of node features by name, for `gpuglass_agent_capability`."""
     gpu_processes: GpuProcesses = field(default_factory=GpuProcesses)
     """Written by the GPU exporter, read by whoever has to know which process uses which GPU."""
+    gpu_models: set[str] = field(default_factory=set)
+    """Names of the models that the GPU exporter has seen since the agent started, as in gpuglass_gpu_info."""
     records: RecordHub = field(default_factory=RecordHub)
     """Filled by the receiver of engines' and tracers' records, heard by other parts."""
 

@@ -118,7 +118,9 @@ class GpuPart(Part):
         workloads: Workloads,
         clock: Callable[[], float] = time.monotonic,
         processes: GpuProcesses | None = None,
+        models: set[str] | None = None,
     ) -> None:
+        self._models = models if models is not None else set()
         self._processes = processes or GpuProcesses(clock)
         self._config = config.gpu
         self._store = store
@@ -230,6 +232,7 @@ class GpuPart(Part):
         self._loads += 1
         for gpu in gpus:
             self._known[gpu.uuid] = gpu
+            self._models.add(gpu.model)
             self._last_down.pop(gpu.uuid, None)
         workers = tuple(
             Worker(
@@ -385,4 +388,10 @@ def create(context: PartContext) -> Part | None:
         return None
     workloads = Workloads(context.config)
     context.add_capabilities(workloads.capabilities)
-    return GpuPart(context.config, context.store, workloads, processes=context.gpu_processes)
+    return GpuPart(
+        context.config,
+        context.store,
+        workloads,
+        processes=context.gpu_processes,
+        models=context.gpu_models,
+    )

@@ -453,6 +453,11 @@ _QUOTAS = st.dictionaries(
     ),
     max_size=1,
 )
+_PRICES = st.dictionaries(
+    st.sampled_from(["NVIDIA H800", "NVIDIA A100.*", r"(?i)\S+ \u00e9\\.\""]),
+    st.floats(0, 999_999),
+    max_size=3,
+)
 
 
 def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
@@ -462,6 +467,8 @@ def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if key == "engines.socket":
         return st.sampled_from(["", "/run/a b/\u00e9.sock"])
+    if key == "prices.currency":
+        return st.sampled_from(["USD", "credits"])
     if kind is str:
         return st.text(st.characters())
     if get_origin(kind) is Literal:
@@ -472,7 +479,7 @@ def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
     if kind is Mode:
         return st.integers(0, 0o777).map(lambda bits: Mode(f"{bits:04o}"))
     if get_origin(kind) is dict:
-        return _QUOTAS
+        return _QUOTAS if key == "engines.tenants.quotas" else _PRICES
     if key.startswith("tracer.") and get_origin(kind) is Annotated:
         of, meta = get_args(kind)
         return st.floats(meta.ge, meta.le) if of is float else st.integers(meta.ge, meta.le)
