@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from gpuglass.demo import distribution
-from tests.support import tools, vllm_environment
+from tests.support import npm, tools, vllm_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -172,6 +172,30 @@ REQUIREMENTS = {
             "GPUGLASS_REQUIRE=prometheus3 make test (needs Go, builds for 4 minutes once)",
             tools.PROMETHEUS.build,
             group="go",
+        ),
+        Requirement(
+            "jaeger",
+            "Jaeger 2, built from tests/tools/jaeger",
+            _built(tools.JAEGER),
+            "GPUGLASS_REQUIRE=jaeger make test (needs Go, builds for 4 minutes once)",
+            tools.JAEGER.build,
+            group="go",
+        ),
+        Requirement(
+            "dashboard-linter",
+            "Grafana's linter of dashboards, built from tests/tools/dashboard-linter",
+            _built(tools.DASHBOARD_LINTER),
+            "GPUGLASS_REQUIRE=dashboard-linter make test (needs Go, builds for minutes once)",
+            tools.DASHBOARD_LINTER.build,
+            group="go",
+        ),
+        Requirement(
+            "grafana-schema",
+            "Grafana's types of panel options and a TypeScript compiler, from tests/tools/grafana-schema",
+            lambda: None if npm.GRAFANA_SCHEMA.folder() else "it is not installed yet",
+            "GPUGLASS_REQUIRE=grafana-schema make test (needs Node.js and npm)",
+            npm.GRAFANA_SCHEMA.install,
+            group="node",
         ),
         Requirement(
             "vllm",

@@ -83,4 +83,8 @@ PROMETHEUS = GoTool(
     ("-tags=remove_all_sd,enable_kubernetes_sd",),
 )
 
-TOOLS = {tool.name: tool for tool in (PROMETHEUS,)}
+JAEGER = GoTool("jaeger", ("jaeger",))
+
+DASHBOARD_LINTER = GoTool("dashboard-linter", ("dashboard-linter",))
+
+TOOLS = {tool.name: tool for tool in (PROMETHEUS, DASHBOARD_LINTER, JAEGER)}
