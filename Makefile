@@ -71,7 +71,7 @@ clean:  ## removes what make made in this folder; the caches stay
 	@touch $@
 
 .venv/.test: .venv/.demo
-	@$(BIN)/python -m pip install -qq --group test -e '.[anomaly]'
+	@$(BIN)/python -m pip install -qq --group test -e '.[anomaly,traces]'
 	@touch $@
 
 .venv/.lint: .venv/.test

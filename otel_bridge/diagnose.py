@@ -1,0 +1,2 @@
+def diagnose(config: object) -> list[object]:
+    return []

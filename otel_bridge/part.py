@@ -1,0 +1,2 @@
+def create(context: object) -> None:
+    return None
