@@ -46,6 +46,11 @@ class RequestRef:
 class ExemplarPolicy(Protocol):
     """Decides by which labels an exemplar names a request."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether exemplars of a request that has ended are left to whoever hears of its end
+        (`gpuglass.record_hub.EndedRequest.exemplify`), because its labels are known only later."""
+
     def names(self, request: RequestRef) -> Names:
         """Labels for `request`, the most wanted first; those that do not fit are left out."""
 
@@ -56,6 +61,8 @@ class NameByRequest:
     The engine's id comes before the client's: it is unique, logs have it, and in vLLM it begins with the
     client's, so that either finds it.
     """
+
+    waits = False
 
     def names(self, request: RequestRef) -> Names:
         """trace_id, request_id, and external_id where the request id does not begin with it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gpuglass.exemplar import ExemplarPolicy, NameByRequest, RequestRef
+from gpuglass.exemplar import ExemplarPolicy, NameByRequest, Names, RequestRef
 from gpuglass.logs import LOG
 
 
@@ -29,6 +29,14 @@ class Speaker:
     """What all processes of one server share."""
     clock_offset_ns: int
     """Added to a record's time it gives Unix time."""
+    rank: int = -1
+    """Of a worker in its engine."""
+    engine: str = ""
+    """Data-parallel index as the engine spells it."""
+    gpu_uuid: str = ""
+    """The GPU that it works on, as far as it is believed."""
+    experts: int = 0
+    """Experts of each layer; 0: none, or not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,58 @@ class Allocation:
     """Requests of the step and their scheduled tokens, most first."""
 
 
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    """A request of which all is told. Told to listeners like a record, once for each request that is counted.
+
+    Times are CLOCK_MONOTONIC nanoseconds, durations nanoseconds; None means unknown, or no such phase.
+    """
+
+    instance: str
+    request_id: str
+    """Empty where it never entered the engine."""
+    external_id: str
+    trace_id: str
+    """The caller's trace context; empty: it sent none."""
+    span_id: str
+    sampled: bool
+    outcome: str
+    error_type: str
+    begin_ns: int
+    end_ns: int
+    clock_offset_ns: int
+    """Added to these times it gives Unix time, by the clock as it is at the end."""
+    tenant: str
+    """As metrics name it."""
+    model_name: str
+    engine: str
+    server: str
+    workload: tuple[str, str, str]
+    """Namespace, pod and container of the engine; empty on a host."""
+    software: tuple[str, str]
+    """Name and version of the engine."""
+    gpu_uuids: tuple[str, ...]
+    """Of its engine's workers, by rank."""
+    exemplify: Callable[[Names], None]
+    """Names it in the exemplars of the samples in which it was counted. Takes the ledger's lock."""
+    queue_ns: int | None = None
+    prefill_ns: int | None = None
+    """None with a queue: it was scheduled and no token came."""
+    decode_ns: int | None = None
+    first_token_ns: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    max_tokens: int | None = None
+    preemptions: int = 0
+    kv_share: float | None = None
+    """Largest share of the KV cache that it held, and when."""
+    kv_share_at: int = 0
+    gpu_ns: float | None = None
+    recompute_ns: float = 0.0
+    lora: str = ""
+
+
 class Listener(Protocol):
     """Hears records. Called on the receiver's thread with its lock held: note things down, and be quick."""
 
@@ -66,6 +126,10 @@ class Listener(Protocol):
 
     def gone(self, speaker: Speaker) -> None:
         """Its connection ended; the same process may come back."""
+
+
+NOBODY = Speaker(0, 0, 0, "agent", "", 0)
+"""Speaks where the agent itself tells what it has found out."""
 
 
 class RecordHub:
@@ -84,6 +148,10 @@ class RecordHub:
         self._listeners.append(listener)
         for kind in kinds:
             self._of_kind.setdefault(kind, []).append(listener)
+
+    def is_heard(self, kind: type) -> bool:
+        """Whether anybody listens to a kind."""
+        return kind in self._of_kind
 
     def keeps_requests(self, find: Callable[[str, str], RequestRef | None]) -> None:
         """Name who knows the open requests: a function of the server's instance and the request's id."""
@@ -110,6 +178,10 @@ class RecordHub:
                 listener.heard(speaker, record, now_ns)
             except Exception:
                 self._fault(listener, type(record).__name__)
+
+    def ended(self, request: EndedRequest) -> None:
+        """Tell of a request's end."""
+        self.told(NOBODY, request, request.end_ns)
 
     def gone(self, speaker: Speaker) -> None:
         """Tell of a sender's end."""

@@ -25,7 +25,7 @@ from gpuglass.family import Batch
 from gpuglass.logs import LOG
 from gpuglass.part import Part, PartContext
 from gpuglass.procfs import ProcFs
-from gpuglass.record_hub import Allocation, RecordHub, Speaker
+from gpuglass.record_hub import NOBODY, Allocation, RecordHub, Speaker
 from gpuglass.store import Store
 from gpuglass.workload import WorkloadResolver
 from gpuglass_vllm import records
@@ -214,7 +214,7 @@ class CudaPart(Part):
             step=step.number if step is not None else -1,
             batch=step.batch if step is not None else (),
         )
-        self._hub.told(_NOBODY, allocation, event.at)
+        self._hub.told(NOBODY, allocation, event.at)
 
     def _log(self, joined: Joined, owner: Owner) -> None:
         event, step = joined.event, joined.step
@@ -235,10 +235,6 @@ class CudaPart(Part):
             "CUDA memory: %s of %d MiB failed (%s) in pid %d (%s); %s",
             *(event.function, event.bytes >> 20, code_name(event.code), event.pid, owner[3], requests),
         )
-
-
-_NOBODY = Speaker(0, 0, 0, "agent", "", 0)
-"""Who tells of joined allocations."""
 
 
 def create(context: PartContext) -> Part | None:

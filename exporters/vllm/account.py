@@ -6,7 +6,7 @@ account of the one before, so its counters neither start again nor lose what was
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
 from prometheus_client.samples import Exemplar
@@ -53,6 +53,9 @@ class Time:
     def __init__(self) -> None:
         self.ns = 0.0
         self.exemplar: Exemplar | None = None
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Account:
@@ -116,20 +119,29 @@ class Account:
             found = self.workers[rank] = WorkerTotals()
         return found
 
-    def observe(self, family: Family, kind: Kind, value: float, exemplar: Exemplar | None) -> None:
+    def observe(self, family: Family, kind: Kind, value: float) -> None:
         """One request in one of the histograms of requests."""
         by_kind = self.requests.setdefault(family, {})
         observed = by_kind.get(kind)
         if observed is None:
             observed = by_kind[kind] = Observed(family)
-        observed.observe(value, exemplar)
+        observed.observe(value)
 
-    def waste(self, reason: str, tenant: str, ns: float, exemplar: Exemplar | None = None) -> None:
+    def exemplify(self, family: Family, kind: Kind, value: float, exemplar: Exemplar) -> None:
+        """Name a request that was observed there."""
+        observed = self.requests.get(family, {}).get(kind)
+        if observed is not None:
+            observed.exemplify(value, exemplar)
+
+    def waste(self, reason: str, tenant: str, ns: float) -> None:
         """GPU time whose result nobody used."""
-        _add(self.wasted, (reason, tenant), ns, exemplar)
+        _add(self.wasted, (reason, tenant), ns, None)
 
-
-Key = TypeVar("Key", bound=Hashable)
+    def name(self, what: Mapping[Key, Time], key: Key, exemplar: Exemplar) -> None:
+        """Name a request that added to a time of `hogging` or `wasted`."""
+        time = what.get(key)
+        if time is not None:
+            time.exemplar = newer(time.exemplar, exemplar)
 
 
 def _add(times: dict[Key, Time], key: Key, ns: float, exemplar: Exemplar | None) -> None:

@@ -86,6 +86,7 @@ ROLE_OF: Mapping[type, Collection[str]] = {
     records.RequestStart: ("frontend",),
     records.RequestAnswered: ("frontend",),
     records.RequestRefused: ("frontend",),
+    records.RequestTraced: ("frontend",),
     records.RequestProgress: ("core",),
     records.RequestEnd: ("core",),
     records.Preemption: ("core",),
@@ -98,6 +99,8 @@ ROLE_OF: Mapping[type, Collection[str]] = {
     records.AllocatorState: ("worker",),
     records.OutOfMemory: ("worker",),
     records.StepSample: ("worker",),
+    records.PrefillChunks: ("worker",),
+    records.StepKernels: ("worker",),
     records.CudaProcess: (records.TRACER,),
     records.CudaStack: (records.TRACER,),
     records.CudaEvent: (records.TRACER,),
@@ -386,6 +389,29 @@ def _step(record: records.StepSample, hello: records.Hello) -> bool:
     )
 
 
+def _prefill(record: records.PrefillChunks, hello: records.Hello) -> bool:
+    count = len(record.request_ids)
+    return (
+        count <= records.MAX_CHUNKS
+        and len(record.begin_ns) == len(record.end_ns) == len(record.tokens) == count
+        and len(record.gpu_ns) in (0, count)
+        and all(begin <= end for begin, end in zip(record.begin_ns, record.end_ns, strict=True))
+    )
+
+
+def _kernels(record: records.StepKernels, hello: records.Hello) -> bool:
+    count = len(record.names)
+    return (
+        count <= records.MAX_KERNELS
+        and len(record.streams) == len(record.begin_ns) == len(record.duration_ns) == count
+        and record.begun_ns <= record.ended_ns
+    )
+
+
+def _traced(record: records.RequestTraced, hello: records.Hello) -> bool:
+    return bool(record.request_id) and len(record.trace_id) == 32 and len(record.span_id) == 16
+
+
 def _cuda_process(record: records.CudaProcess, hello: records.Hello) -> bool:
     kinds = [memory.kind for memory in record.memory]
     return (
@@ -427,6 +453,9 @@ _SPECIAL: Mapping[type, Callable[[Any, records.Hello], bool]] = {
     records.HotExperts: _hot_experts,
     records.OutOfMemory: _out_of_memory,
     records.StepSample: _step,
+    records.PrefillChunks: _prefill,
+    records.StepKernels: _kernels,
+    records.RequestTraced: _traced,
     records.CudaProcess: _cuda_process,
     records.CudaStack: _cuda_stack,
     records.CudaEvent: _cuda_event,

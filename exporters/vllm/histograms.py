@@ -25,9 +25,14 @@ class Observed:
     def observe(self, value: float, exemplar: Exemplar | None = None) -> None:
         """One observation, in the unit of the family."""
         # A value that equals a bound belongs below it: `le` is less or equal.
-        index = bisect_left(self.bounds, value)
-        self.counts[index] += 1
+        self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
+        if exemplar is not None:
+            self.exemplify(value, exemplar)
+
+    def exemplify(self, value: float, exemplar: Exemplar) -> None:
+        """Name one of the observations that were made, `value`."""
+        index = bisect_left(self.bounds, value)
         kept = newer(self.exemplars.get(index), exemplar)
         if kept is not None:
             self.exemplars[index] = kept

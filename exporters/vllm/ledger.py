@@ -31,15 +31,15 @@ from exporters.vllm.engines import (
     labels_of,
 )
 from exporters.vllm.experts import ExpertLoad, ExpertsRefused
-from exporters.vllm.requests import OpenRequest, Summary
+from exporters.vllm.requests import Counted, OpenRequest, Summary, counted
 from exporters.vllm.sink import Refusal, Refused, Sender
 from exporters.vllm.tenants import TenantNames
 from gpuglass import exemplar as exemplars
 from gpuglass.config import EnginesConfig, TenantQuota
 from gpuglass.exemplar import ExemplarPolicy, NameByRequest, RequestRef
 from gpuglass.families import engine as families
-from gpuglass.family import Family
 from gpuglass.logs import LOG
+from gpuglass.record_hub import EndedRequest
 from gpuglass_vllm import records
 from gpuglass_vllm.records import Record
 
@@ -108,6 +108,8 @@ class Ledger:
         """By instance."""
         self.accounts: dict[Labels, Account] = {}
         self.tenants = TenantNames(self.settings.tenants, self.settings.quotas)
+        self.told: Callable[[EndedRequest], None] | None = None
+        """Hears of each request that has ended and is counted, with `lock` held."""
         self._policy = policy if policy is not None else NameByRequest()
         self._wall = wall
         self._clock = clock
@@ -403,7 +405,10 @@ class Ledger:
         request.tenant = record.tenant or request.tenant
         request.external_id = record.external_id
         request.trace_id = record.trace_id
+        request.span_id = record.span_id
         request.sampled = record.sampled
+        request.max_tokens = record.max_tokens
+        request.lora = record.lora
 
     def _answered(self, sender: Sender, record: records.RequestAnswered, now_ns: int) -> None:
         server, engine = self._places[sender.number]
@@ -414,14 +419,37 @@ class Ledger:
             self._settle(server, request, now_ns)
 
     def _refused(self, sender: Sender, record: records.RequestRefused, now_ns: int) -> None:
-        _, engine = self._places[sender.number]
-        ref = RequestRef(record.external_id, "", record.trace_id)
-        seconds = record.duration_ns / 1e9
-        engine.account.observe(
-            families.REQUEST_DURATION,
+        server, engine = self._places[sender.number]
+        place = Counted(
+            engine.account,
             Kind("rejected", record.error_type, False),
-            seconds,
-            self._exemplar(sender, ref, seconds, record.at),
+            self.tenants.label(record.tenant),
+            ((families.REQUEST_DURATION, record.duration_ns / 1e9),),
+        )
+        place.count()
+        unix = self._unix(sender, record.at)
+        if not self._policy.waits:
+            ref = RequestRef(record.external_id, "", record.trace_id)
+            place.name(exemplars.fit(self._policy.names(ref)), unix)
+        if self.told is None:
+            return
+        self.told(
+            EndedRequest(
+                instance=server.instance,
+                request_id="",
+                external_id=record.external_id,
+                trace_id=record.trace_id,
+                span_id=record.span_id,
+                sampled=record.sampled,
+                outcome="rejected",
+                error_type=record.error_type,
+                begin_ns=record.at - record.duration_ns,
+                end_ns=record.at,
+                clock_offset_ns=self._offset(sender, record.at),
+                tenant=place.tenant,
+                exemplify=self._exemplify(place, unix),
+                **_engine_fields(engine, sender),
+            )
         )
 
     def _progress(self, sender: Sender, record: records.RequestProgress, now_ns: int) -> None:
@@ -434,7 +462,9 @@ class Ledger:
         request.tenant = record.tenant or request.tenant
         request.running = record.running
         request.blocks = record.blocks
-        request.peak_blocks = max(request.peak_blocks, record.peak_blocks, record.blocks)
+        peak = max(record.peak_blocks, record.blocks)
+        if peak > request.peak_blocks:
+            request.peak_blocks, request.peak_at = peak, record.at
         request.preemptions = max(request.preemptions, record.preemptions)
         engine = request.engine
         pool = engine.pool
@@ -516,10 +546,11 @@ class Ledger:
         server.remember(request.request_id)
         summary = Summary.of(request)
         tenant = self.tenants.label(request.tenant)
-        account = request.engine.account
         if self._nobody_counted(server, request):
-            account.tenant(tenant).ended(summary.outcome, summary.error_type)
-        self._observe(account, request, summary, tenant)
+            request.engine.account.tenant(tenant).ended(summary.outcome, summary.error_type)
+        place = counted(request, summary, tenant)
+        place.count()
+        self._ended(server, request, summary, place)
 
     def _nobody_counted(self, server: Server, request: OpenRequest) -> bool:
         """Whether the process that would have counted this end in its sums went before it came to that.
@@ -535,33 +566,54 @@ class Ledger:
             )
         return request.died_at is not None and request.end is None
 
-    def _observe(self, account: Account, request: OpenRequest, summary: Summary, tenant: str) -> None:
-        kind = Kind(summary.outcome, summary.error_type, summary.preempted)
+    def _ended(self, server: Server, request: OpenRequest, summary: Summary, place: Counted) -> None:
+        """Name the request in exemplars, now or by whoever hears of its end, and tell of the end."""
         speaker = request.frontend or request.engine.speaker
-        labels = exemplars.fit(self._policy.names(request.ref))
         unix = self._unix(speaker, summary.at)
+        if not self._policy.waits:
+            place.name(exemplars.fit(self._policy.names(request.ref)), unix)
+        if self.told is None:
+            return
+        begin_ns, end_ns = _life(request, summary, self._clock())
+        self.told(
+            EndedRequest(
+                instance=server.instance,
+                request_id=request.request_id,
+                external_id=request.external_id,
+                trace_id=request.trace_id,
+                span_id=request.span_id,
+                sampled=request.sampled,
+                outcome=summary.outcome,
+                error_type=summary.error_type,
+                begin_ns=begin_ns,
+                end_ns=end_ns,
+                clock_offset_ns=self._offset(speaker, end_ns),
+                queue_ns=summary.queue_ns,
+                prefill_ns=summary.prefill_ns,
+                decode_ns=summary.decode_ns,
+                first_token_ns=summary.first_token_ns,
+                prompt_tokens=summary.prompt_tokens,
+                cached_tokens=summary.cached_tokens,
+                output_tokens=summary.output_tokens,
+                max_tokens=request.max_tokens or None,
+                preemptions=summary.preemptions,
+                kv_share=place.peak,
+                kv_share_at=request.peak_at or end_ns,
+                gpu_ns=summary.gpu_ns,
+                recompute_ns=summary.recompute_ns,
+                tenant=place.tenant,
+                lora=request.lora,
+                exemplify=self._exemplify(place, unix),
+                **_engine_fields(request.engine, speaker),
+            )
+        )
 
-        def observe(family: Family, value: float | None, scale: float = 1.0) -> None:
-            if value is not None:
-                value = value / scale
-                account.observe(family, kind, value, exemplars.exemplar(labels, value, unix))
+    def _exemplify(self, place: Counted, unix: float) -> Callable[[exemplars.Names], None]:
+        def exemplify(names: exemplars.Names) -> None:
+            with self.lock:
+                place.name(exemplars.fit(names), unix)
 
-        observe(families.REQUEST_DURATION, summary.duration_ns, 1e9)
-        observe(families.REQUEST_FIRST_TOKEN, summary.first_token_ns, 1e9)
-        observe(families.REQUEST_QUEUE, summary.queue_ns, 1e9)
-        observe(families.REQUEST_PREFILL, summary.prefill_ns, 1e9)
-        observe(families.REQUEST_DECODE, summary.decode_ns, 1e9)
-        observe(families.REQUEST_PROMPT_TOKENS, summary.prompt_tokens)
-        observe(families.REQUEST_CACHED_TOKENS, summary.cached_tokens)
-        observe(families.REQUEST_OUTPUT_TOKENS, summary.output_tokens)
-        observe(families.REQUEST_GPU, summary.gpu_ns, 1e9)
-        if summary.gpu_ns is not None and summary.outcome in ("abort", "error"):
-            wasted = summary.gpu_ns - summary.recompute_ns
-            exemplar = exemplars.exemplar(labels, round(wasted / 1e9, 6), unix)
-            account.waste(summary.outcome, tenant, wasted, exemplar)
-        share = request.engine.share(summary.peak_blocks) if summary.peak_blocks is not None else None
-        if share is not None:
-            account.peaks.observe(share, exemplars.exemplar(labels, share, unix))
+        return exemplify
 
     # Exemplars
 
@@ -570,6 +622,14 @@ class Ledger:
         now = self._wall()
         unix = (at + sender.hello.clock_offset_ns) / 1e9 if sender is not None and at > 0 else now
         return unix if now - _OLDEST_S < unix < now + _NEWEST_S else now
+
+    def _offset(self, sender: Sender | None, at: int) -> int:
+        """What makes Unix time of a sender's nanoseconds; our own clock's, if the sender's cannot be true."""
+        if sender is not None:
+            unix = (at + sender.hello.clock_offset_ns) / 1e9
+            if unix == self._unix(sender, at):
+                return sender.hello.clock_offset_ns
+        return int(self._wall() * 1e9) - self._clock()
 
     def _exemplar(self, sender: Sender, ref: RequestRef, value: float, at: int) -> Exemplar | None:
         return exemplars.exemplar(exemplars.fit(self._policy.names(ref)), value, self._unix(sender, at))
@@ -691,3 +751,32 @@ class Ledger:
         if record.request_ids:
             found = self._exemplar(sender, self._ref(server, record.request_ids[0]), 1.0, record.at)
             worker.out_of_memory_exemplar = exemplars.newer(worker.out_of_memory_exemplar, found)
+
+
+def _life(request: OpenRequest, summary: Summary, now_ns: int) -> tuple[int, int]:
+    """When a request arrived and when all of it was over, as core and frontend saw it."""
+    end, answer = request.end, request.answer
+    begins, ends = [], []
+    if end is not None:
+        begins.append(end.arrival_ns)
+        ends.append(end.at)
+    if answer is not None:
+        begins.append(answer.at - answer.duration_ns)
+        ends.append(answer.at)
+    begin_ns = min(begins, default=request.first_at)
+    return begin_ns, max(*ends, begin_ns) if ends else max(request.died_at or now_ns, begin_ns)
+
+
+def _engine_fields(engine: Engine, speaker: Sender | None) -> dict[str, Any]:
+    """What an `EndedRequest` says of its engine."""
+    labels = engine.account.labels
+    hello = speaker.hello if speaker is not None else None
+    workers = sorted(engine.account.workers.items())
+    return {
+        "model_name": labels.model_name,
+        "engine": labels.engine,
+        "server": labels.server,
+        "workload": (labels.namespace, labels.pod, labels.container),
+        "software": (hello.engine_name, hello.engine_version) if hello is not None else ("", ""),
+        "gpu_uuids": tuple(worker.gpu_uuid for _, worker in workers if worker.gpu_uuid),
+    }

@@ -22,7 +22,7 @@ from gpuglass.family import Batch
 from gpuglass.gpu_processes import GpuProcesses
 from gpuglass.logs import LOG
 from gpuglass.part import Part, PartContext
-from gpuglass.record_hub import RecordHub
+from gpuglass.record_hub import EndedRequest, RecordHub
 from gpuglass.store import Store
 
 FAST_SECONDS = 1.0
@@ -44,6 +44,7 @@ class EnginesPart(Part):
         hub = hub if hub is not None else RecordHub()
         self.ledger = Ledger(LedgerSettings.of(config.engines), hub.policy, clock=clock_ns)
         self._peers = Peers(config, gpu_processes)
+        self._hub = hub
         self.receiver = Receiver(config.engines, Relay(self.ledger, hub), self._peers)
         self._store = store
         self._clock_ns = clock_ns
@@ -55,6 +56,8 @@ class EnginesPart(Part):
     def start(self) -> None:
         """Listen and publish; raises `ConfigError` if the socket that the configuration names cannot be
         made."""
+        if self._hub.is_heard(EndedRequest):
+            self.ledger.told = self._hub.ended
         self.receiver.start()
         self._publisher.start()
 

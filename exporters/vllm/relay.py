@@ -30,7 +30,9 @@ class Relay:
             self._ledger.hello(sender)
         hello = sender.hello
         speaker = Speaker(
-            *(sender.number, sender.pid, sender.uid, hello.role, hello.instance, hello.clock_offset_ns)
+            *(sender.number, sender.pid, sender.uid, hello.role, hello.instance, hello.clock_offset_ns),
+            *(hello.rank, hello.engine, sender.gpu_uuid),
+            hello.experts.experts if hello.experts is not None else 0,
         )
         if self._speakers.get(sender.number) != speaker:
             self._speakers[sender.number] = speaker

@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from exporters.vllm.account import Account, Kind
 from exporters.vllm.sink import Sender
+from gpuglass import exemplar as exemplars
 from gpuglass.exemplar import RequestRef
+from gpuglass.families import engine as families
+from gpuglass.family import Family
 from gpuglass_vllm.records import NO_TENANT, RequestAnswered, RequestEnd
 
 if TYPE_CHECKING:
@@ -39,13 +43,17 @@ class OpenRequest:
         "gpu_ns",
         "hog_ns",
         "hog_since",
+        "lora",
+        "max_tokens",
         "news_at",
+        "peak_at",
         "peak_blocks",
         "preemptions",
         "recompute_ns",
         "request_id",
         "running",
         "sampled",
+        "span_id",
         "tenant",
         "trace_id",
     )
@@ -57,7 +65,10 @@ class OpenRequest:
         self.tenant = NO_TENANT
         self.external_id = ""
         self.trace_id = ""
+        self.span_id = ""
         self.sampled = False
+        self.max_tokens = 0
+        self.lora = ""
         self.frontend: Sender | None = None
         """Sender that told of its start."""
         self.core_seen = False
@@ -68,6 +79,8 @@ class OpenRequest:
         """Time of the core's latest word on it."""
         self.blocks = 0.0
         self.peak_blocks = 0.0
+        self.peak_at = 0
+        """When it was first told of `peak_blocks`."""
         self.preemptions = 0
         self.gpu_ns: dict[int, float] = {}
         """By rank."""
@@ -121,7 +134,7 @@ class Summary:
 
     outcome: str
     error_type: str
-    preempted: bool
+    preemptions: int
     at: int
     """When it ended, on the sender's monotonic clock; 0 if nobody said."""
     duration_ns: int | None
@@ -158,7 +171,7 @@ class Summary:
         return cls(
             outcome,
             error_type,
-            preemptions > 0,
+            preemptions,
             last.at if last is not None else request.died_at or 0,
             duration,
             first,
@@ -172,6 +185,75 @@ class Summary:
             sum(request.gpu_ns.values()) if request.gpu_ns else None,
             sum(request.recompute_ns.values()) if request.recompute_ns else 0.0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Where a request that has ended was counted, so that it can be named there later, too."""
+
+    account: Account
+    kind: Kind
+    tenant: str
+    """As metrics name it."""
+    values: tuple[tuple[Family, float], ...]
+    """Observations in the histograms of requests."""
+    peak: float | None = None
+    """Observation in the histogram of shares of the KV cache."""
+    wasted: float = 0.0
+    """GPU time in seconds that nobody used."""
+    hogged: float = 0.0
+    """Seconds with a large part of the pool."""
+
+    def count(self) -> None:
+        """Add it to the account; but for time of hogging, which is counted as it passes."""
+        for family, value in self.values:
+            self.account.observe(family, self.kind, value)
+        if self.wasted:
+            self.account.waste(self.kind.outcome, self.tenant, self.wasted * 1e9)
+        if self.peak is not None:
+            self.account.peaks.observe(self.peak)
+
+    def name(self, labels: dict[str, str], unix: float) -> None:
+        """Let exemplars name it, with its end's Unix time. No labels: nothing is done."""
+        account = self.account
+        for family, value in self.values:
+            if (found := exemplars.exemplar(labels, value, unix)) is not None:
+                account.exemplify(family, self.kind, value, found)
+        wasted, hogged = round(self.wasted, 6), round(self.hogged, 6)
+        if self.wasted and (found := exemplars.exemplar(labels, wasted, unix)) is not None:
+            account.name(account.wasted, (self.kind.outcome, self.tenant), found)
+        if self.hogged and (found := exemplars.exemplar(labels, hogged, unix)) is not None:
+            account.name(account.hogging, self.tenant, found)
+        if self.peak is not None and (found := exemplars.exemplar(labels, self.peak, unix)) is not None:
+            account.peaks.exemplify(self.peak, found)
+
+
+def counted(request: OpenRequest, summary: Summary, tenant: str) -> Counted:
+    """Where a request with that summary is counted."""
+    found = (
+        (families.REQUEST_DURATION, summary.duration_ns, 1e9),
+        (families.REQUEST_FIRST_TOKEN, summary.first_token_ns, 1e9),
+        (families.REQUEST_QUEUE, summary.queue_ns, 1e9),
+        (families.REQUEST_PREFILL, summary.prefill_ns, 1e9),
+        (families.REQUEST_DECODE, summary.decode_ns, 1e9),
+        (families.REQUEST_PROMPT_TOKENS, summary.prompt_tokens, 1.0),
+        (families.REQUEST_CACHED_TOKENS, summary.cached_tokens, 1.0),
+        (families.REQUEST_OUTPUT_TOKENS, summary.output_tokens, 1.0),
+        (families.REQUEST_GPU, summary.gpu_ns, 1e9),
+    )
+    wasted = 0.0
+    if summary.gpu_ns is not None and summary.outcome in ("abort", "error"):
+        wasted = max(0.0, summary.gpu_ns - summary.recompute_ns) / 1e9
+    engine = request.engine
+    return Counted(
+        engine.account,
+        Kind(summary.outcome, summary.error_type, summary.preemptions > 0),
+        tenant,
+        tuple((family, value / scale) for family, value, scale in found if value is not None),
+        engine.share(summary.peak_blocks) if summary.peak_blocks is not None else None,
+        wasted,
+        request.hog_ns / 1e9,
+    )
 
 
 def _known(ns: int) -> int | None:

@@ -82,6 +82,12 @@ STEP_PHASES = ("prefill", "decode")
 MAX_STEP_REQUESTS = 64
 """Requests that a `StepSample` names."""
 
+MAX_KERNELS = 32
+"""Kernels that a `StepKernels` names."""
+
+MAX_CHUNKS = 256
+"""Entries of a `PrefillChunks`."""
+
 MEMORY_KINDS = ("device", "host", "managed", "virtual", "tensor")
 """Kinds of CUDA memory: device memory of cuMemAlloc and its like, pinned host memory, managed memory,
 physical memory of cuMemCreate (expandable segments, vLLM's sleep mode). `tensor` is what PyTorch's caching
@@ -234,7 +240,19 @@ class RequestRefused(_Record, tag="request_refused", frozen=True, kw_only=True):
     tenant: str = NO_TENANT
     external_id: str = ""
     trace_id: str = ""
+    span_id: str = ""
+    sampled: bool = False
+    """The caller's trace context, as in `RequestStart`."""
     duration_ns: int = 0
+
+
+class RequestTraced(_Record, tag="request_traced", frozen=True, kw_only=True):
+    """Event of a frontend: the engine itself exports a span of the request, which is this one."""
+
+    at: int
+    request_id: str
+    trace_id: str
+    span_id: str
 
 
 class RequestProgress(_Record, tag="request_progress", frozen=True, kw_only=True):
@@ -467,6 +485,44 @@ class StepSample(_Record, tag="step", frozen=True, kw_only=True):
     """How far off the two may be."""
 
 
+class PrefillChunks(_Record, tag="prefill", frozen=True, kw_only=True):
+    """Event of a worker (of rank 0 only): prompts, or pieces of them, that its steps computed. Parallel
+    lists."""
+
+    at: int
+    request_ids: list[str]
+    begin_ns: list[int]
+    """When the step began and ended, as in `StepSample`."""
+    end_ns: list[int]
+    tokens: list[int]
+    gpu_ns: list[float] = []
+    """GPU time of the step that went to it; empty: unknown."""
+
+
+class StepKernels(_Record, tag="kernels", frozen=True, kw_only=True):
+    """Event of a worker: what ran on the device in a step that was profiled. Parallel lists, longest first.
+
+    The step is told by a `StepSample`, too.
+    """
+
+    at: int
+    step: int
+    names: list[str]
+    """At most 32."""
+    streams: list[int]
+    begin_ns: list[int]
+    """On the host's monotonic clock."""
+    duration_ns: list[int]
+    error_ns: int = 0
+    """How far off the times may be."""
+    other_ns: int = 0
+    """Time of all further ones together, and how many they are."""
+    others: int = 0
+    begun_ns: int = 0
+    """When the first of all began and the last one ended."""
+    ended_ns: int = 0
+
+
 # CUDA memory of any process
 
 
@@ -571,6 +627,7 @@ Record = (
     | RequestStart
     | RequestAnswered
     | RequestRefused
+    | RequestTraced
     | RequestProgress
     | RequestEnd
     | GpuProgress
@@ -584,6 +641,8 @@ Record = (
     | AllocatorState
     | OutOfMemory
     | StepSample
+    | PrefillChunks
+    | StepKernels
     | CudaProcess
     | CudaStack
     | CudaEvent
