@@ -1,1 +1,3 @@
-"""Writes the alert rule files in `generated/`, and holds the runbooks. May import `gpuglass`."""
+"""Writes the alert rule files in `generated/`, holds the runbooks and the command `gpuglass rules`.
+
+May import `gpuglass` and `recording_rules`."""

@@ -27,8 +27,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "ebpf": frozenset({"gpuglass", "exporters.engine_probe"}),  # sends by the same records
     "otel_bridge": frozenset({"gpuglass", "exporters.vllm"}),
     "recording_rules": frozenset({"gpuglass"}),
-    "alert_rules": frozenset({"gpuglass"}),
-    "dashboards": frozenset({"gpuglass"}),
+    "alert_rules": frozenset({"gpuglass", "recording_rules"}),  # alerts read records
+    "dashboards": frozenset({"gpuglass", "recording_rules", "alert_rules"}),  # and show both
     "anomaly_sidecar": frozenset({"gpuglass"}),
 }
 """What each room may import of the others, at module level or anywhere else."""
@@ -270,8 +270,8 @@ def plant(root: Path, path: str, text: str) -> None:
         ("gpuglass/a.py", "from gpuglass_vllm import x", "gpuglass.a imports gpuglass_vllm"),
         ("ebpf/a.py", "import exporters.gpu", "ebpf.a imports exporters.gpu"),
         ("otel_bridge/a.py", "import exporters.gpu", "otel_bridge.a imports exporters.gpu"),
-        ("alert_rules/a.py", "from recording_rules import x", "alert_rules.a imports recording_rules"),
-        ("dashboards/a.py", "import alert_rules", "dashboards.a imports alert_rules"),
+        ("recording_rules/a.py", "from alert_rules import x", "recording_rules.a imports alert_rules"),
+        ("alert_rules/a.py", "import dashboards", "alert_rules.a imports dashboards"),
     ],
 )
 def test_a_planted_import_is_found(tmp_path: Path, path: str, text: str, fault: str) -> None:
@@ -287,6 +287,8 @@ def test_a_planted_import_is_found(tmp_path: Path, path: str, text: str, fault: 
         ("exporters/vllm/a.py", "from gpuglass_vllm import records\nfrom gpuglass import family"),
         ("exporters/engine_probe/gpuglass_vllm/a.py", "from gpuglass_vllm import records\nfrom . import b"),
         ("otel_bridge/a.py", "from exporters.vllm import records"),
+        ("alert_rules/a.py", "from recording_rules import x"),
+        ("dashboards/a.py", "import alert_rules.groups, recording_rules"),
         ("ebpf/a.py", "import testsuite, gpuglass_other"),
     ],
 )
