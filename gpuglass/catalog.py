@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import MappingProxyType, ModuleType
 
-from gpuglass.families import agent, anomaly, cuda, engine, gpu, prices, probe, tracer
+from gpuglass.families import agent, anomaly, bridge, cuda, engine, gpu, prices, probe, tracer
 from gpuglass.family import CatalogError, Family, Owner
 
-MODULES: tuple[ModuleType, ...] = (gpu, prices, engine, probe, cuda, tracer, anomaly, agent)
+MODULES: tuple[ModuleType, ...] = (gpu, prices, engine, probe, cuda, tracer, bridge, anomaly, agent)
 
 
 def _declared(module: ModuleType) -> Iterator[Family]:

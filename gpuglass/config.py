@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -310,6 +311,9 @@ class TracerConfig(_Section, frozen=True):
     """Share of a core that tracing may take per traced process; above it all probes go. 0: no limit."""
     runtime: bool = False
     """Trace libcudart, too, as a ledger of its own. All that it shows passes through libcuda as well."""
+    tensors: bool = False
+    """Trace what PyTorch's allocator gives out, by the static probes that it brings (needs Linux 6.6): live
+    tensors against reserved memory, for processes without the engine probe. It is called for every tensor."""
     contexts: bool = True
     """Trace which context is current, which tells the GPU of an allocation where a process uses several."""
     launches: Literal["off", "graphs", "all"] = "off"
@@ -336,6 +340,79 @@ class TracerConfig(_Section, frozen=True):
         _within("reconcile_interval", self.reconcile_interval, 0.1, 600)
 
 
+class TracesTlsConfig(_Section, frozen=True):
+    """TLS to the collector, where the endpoint is https://."""
+
+    ca_file: str = ""
+    """Certificates that are believed; empty: those of the system."""
+    cert_file: str = ""
+    """Certificate and key of the agent, where the collector asks for them."""
+    key_file: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.cert_file) != bool(self.key_file):
+            given, lacking = ("cert_file", "key_file") if self.cert_file else ("key_file", "cert_file")
+            raise ValueError(f"{given}: {lacking} has to be given, too")
+
+
+class TailConfig(_Section, frozen=True):
+    """Which requests are kept though nobody sampled them, once it is known how they went."""
+
+    per_minute: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 60
+    """Traces kept so, of all engines together; 0: none."""
+    failed: bool = True
+    """Failed and rejected ones."""
+    aborted: bool = True
+    preempted: bool = True
+    slowest: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
+    """The slowest ones of each minute."""
+
+
+class TracesConfig(_Section, frozen=True):
+    """Spans of requests, sent to an OpenTelemetry collector, Tempo or Jaeger by OTLP."""
+
+    endpoint: str = ""
+    """Such as http://127.0.0.1:4317, or https://… for TLS; empty: no traces. With `protocol: http` a URL
+    without a path gets /v1/traces."""
+    protocol: Literal["grpc", "http"] = "grpc"
+    tls: TracesTlsConfig = TracesTlsConfig()
+    headers_file: str = ""
+    """File with a line `name: value` for each header that is sent along, such as credentials; read anew
+    when it changes."""
+    compression: Literal["gzip", "none"] = "gzip"
+    timeout: Seconds = Seconds(10)
+    """Of one request to the collector."""
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    """Share of the requests without a caller's trace context that are kept."""
+    ignore_unsampled: bool = False
+    """Keep requests by ratio and tail rules though their caller said not sampled: their trace is one of its
+    own, with a link to the caller's."""
+    tail: TailConfig = TailConfig()
+    steps: Annotated[int, msgspec.Meta(ge=0, le=64)] = 8
+    """Engine steps shown per request: its first one, the slowest, the others spread over its life."""
+    queue: Count = 4096
+    """Ended requests that wait for the collector; of more the oldest are dropped and counted."""
+    service_name: str = "vllm"
+    """service.name of engines that GPUGLASS_SERVER gives no name."""
+    resource: dict[str, str] = {}
+    """Further attributes of the resource, such as deployment.environment.name."""
+
+    def __post_init__(self) -> None:
+        _within("timeout", self.timeout, 0.1, 60)
+        if self.endpoint:
+            try:
+                url = urlsplit(self.endpoint)
+                good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError(
+                    f"endpoint: expected a URL such as http://127.0.0.1:4317, got {_shown(self.endpoint)}"
+                )
+        if len(self.resource) > 64:
+            raise ValueError(f"resource: {len(self.resource)} attributes are more than 64")
+
+
 class Config(_Section, frozen=True):
     """The whole configuration of the agent."""
 
@@ -346,6 +423,7 @@ class Config(_Section, frozen=True):
     kubernetes: KubernetesConfig = KubernetesConfig()
     prices: PricesConfig = PricesConfig()
     tracer: TracerConfig = TracerConfig()
+    traces: TracesConfig = TracesConfig()
     proc: str = "/proc"
     """Where the host's /proc is seen."""
 
@@ -353,6 +431,8 @@ class Config(_Section, frozen=True):
 NEEDS_RESTART = (
     *("server.", "proc", "kubernetes.", "gpu.enabled", "gpu.nvml_library", "gpu.xid_events"),
     *("engines.enabled", "engines.socket", "engines.directory_mode", "engines.owner", "engines.group"),
+    *("traces.endpoint", "traces.protocol", "traces.tls.", "traces.headers_file", "traces.compression"),
+    *("traces.timeout", "traces.queue", "traces.service_name", "traces.resource"),
 )
 """Keys, or beginnings of keys, that cannot change while the agent runs."""
 
