@@ -124,9 +124,30 @@ def indent(expression: str) -> str:
     return "\n".join(f"  {line}" for line in expression.split("\n"))
 
 
+_ATOM = re.compile(r"[\w:.]+(\{[^{}]*\})?(\[\w+\])?\Z")
+_HEAD = re.compile(r"\w+( (by|without) \([^()]*\) |)(?=\()")
+
+
 def parenthesize(expression: str) -> str:
-    """In parentheses, unless it is one call or selector."""
-    return expression if re.fullmatch(r"[\w:]+(\{[^{}]*\})?", expression) else f"({expression})"
+    """In parentheses, unless it is one selector, call, aggregation or parenthesis."""
+    if _ATOM.match(expression):
+        return expression
+    head = _HEAD.match(expression)
+    start = head.end() if head else 0
+    if expression[start : start + 1] == "(" and _closing(expression, start) == len(expression) - 1:
+        return expression
+    return f"(\n{indent(expression)}\n)" if "\n" in expression else f"({expression})"
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis at `start` closes; -1 if it does not."""
+    bare = _TEXT.sub(lambda match: "_" * len(match[0]), text)
+    depth = 0
+    for at in range(start, len(bare)):
+        depth += {"(": 1, ")": -1}.get(bare[at], 0)
+        if depth == 0:
+            return at
+    return -1
 
 
 def divide(numerator: str, denominator: str, on: Sequence[str] | None = None, group: str = "") -> str:
