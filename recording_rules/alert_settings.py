@@ -151,8 +151,11 @@ class CostAlerts(Section, frozen=True):
     load_window: Annotated[
         Seconds, between(1, DAY, "s", "memory that still grows in it belongs to a model that loads")
     ] = Seconds(600)
+    idle_spend_ratio: Annotated[
+        float, between(0, 1, "ratio", "half of the money for nothing is more than nights explain")
+    ] = 0.5
     idle_spend_per_hour: Annotated[
-        float, between(0, 1e9, "price/h", "in your currency: what idle GPUs may cost; 0 asks nothing")
+        float, between(0, 1e9, "price/h", "in your currency; where it is set, it stands instead of the ratio")
     ] = 0.0
     idle_spend_for: Annotated[Seconds, _hold("nights and deployments are cheaper than an alert")] = Seconds(
         4 * 3600
