@@ -134,7 +134,20 @@ class FrontendProbe:
                 tenant=call.tenant,
                 external_id=call.external_id,
                 trace_id=call.trace.trace_id,
+                span_id=call.trace.span_id,
+                sampled=call.trace.sampled,
                 duration_ns=max(0, now - call.begin_ns),
+            )
+        )
+
+    def on_traced(self, request_id: str, trace_id: int, span_id: int) -> None:
+        """vLLM itself exports a span of a sequence (with --otlp-traces-endpoint)."""
+        self.link.event(
+            records.RequestTraced(
+                at=time.monotonic_ns(),
+                request_id=identity.short_id(request_id),
+                trace_id=f"{trace_id:032x}",
+                span_id=f"{span_id:016x}",
             )
         )
 
@@ -220,6 +233,9 @@ def install() -> None:
     found = found and wrap(OutputProcessor, "abort_requests", answers, before=_aborting, after=_aborted)
     if found and answers.activate():
         wrap(OutputProcessor, "propagate_error", answers, before=_engine_died)
+    spans = table.hook("frontend.engine_spans")
+    if wrap(OutputProcessor, "do_tracing", spans, before=_tracing, after=_traced):
+        spans.activate()
     _install_refusals()
     _install_configuration()
 
@@ -301,6 +317,48 @@ def _aborted(processor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
     for request_id, first in token or ():
         if request_id not in processor.request_states:
             probe().on_answered(request_id, "abort", "", first)
+
+
+class _SpanWatch:
+    """Learns the ids of the spans that vLLM makes: a span processor beside vLLM's own."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[int, int]] = []
+        """Trace and span of the spans that ended since it was cleared."""
+        self._provider: Any = None
+
+    def watch(self) -> None:
+        """Be told of the spans that the process ends from now on."""
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+
+        provider = trace.get_tracer_provider()
+        if provider is self._provider or not hasattr(provider, "add_span_processor"):
+            return
+        ended = self.ended
+
+        class Processor(SpanProcessor):
+            def on_end(self, span: ReadableSpan) -> None:
+                context = span.get_span_context()
+                if span.name == "llm_request" and context is not None and len(ended) < 2:
+                    ended.append((context.trace_id, context.span_id))
+
+        provider.add_span_processor(Processor())
+        self._provider = provider
+
+
+_spans = _SpanWatch()
+
+
+def _tracing(processor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _spans.ended.clear()
+    _spans.watch()
+
+
+def _traced(processor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+    state = args[1] if len(args) > 1 else kwargs["req_state"]
+    for trace_id, span_id in _spans.ended[:1]:
+        probe().on_traced(state.request_id, trace_id, span_id)
 
 
 def _engine_died(processor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -82,6 +82,8 @@ class EventClock(Generic[Tag]):
         self._last_end: Event | None = None
         """End of the last step that was delivered."""
         self._missed = False
+        self.span: tuple[Event, Event] | None = None
+        """Begin and end of the step that is being delivered; only then they are still its own."""
         self.untimed = 0
         """Steps that were not timed because the device was too far behind."""
 
@@ -191,11 +193,16 @@ class EventClock(Generic[Tag]):
             if before is not None:
                 pause = _ns(before, begin)
                 idle, unknown = (0.0, pause) if entry.gap else (pause, 0.0)
+        self._last_end = end
+        first = begin or before
+        self.span = (first, end) if first is not None else None
+        deliver(entry.tag, busy, idle, unknown)
+        self.span = None
+        # Only now: the other thread may record them anew at once.
+        if begin is not None:
             self._pool.append(begin)
         if before is not None:
             self._pool.append(before)
-        self._last_end = end
-        deliver(entry.tag, busy, idle, unknown)
 
     def _recorded(self) -> Event:
         event = self._pool.pop() if self._pool else self._new_event()
@@ -220,6 +227,8 @@ class WallClock(Generic[Tag]):
         self._since = 0
         self._begun = 0
         self._last_end = 0
+        self.span: tuple[Event, Event] | None = None
+        """There are no events."""
         self.untimed = 0
 
     def __len__(self) -> int:

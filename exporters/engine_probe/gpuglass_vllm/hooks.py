@@ -36,7 +36,19 @@ class InjectedFault(Exception):
 class Hook:
     """One thing that is observed, by one or more wrapped methods. `on` is read before each call."""
 
-    __slots__ = ("_logged", "errors", "fault", "name", "ns", "on", "reason", "role", "state", "wanted")
+    __slots__ = (
+        "_logged",
+        "apart",
+        "errors",
+        "fault",
+        "name",
+        "ns",
+        "on",
+        "reason",
+        "role",
+        "state",
+        "wanted",
+    )
 
     def __init__(self, name: str, role: str) -> None:
         """`name` starts with the role: `core.kv`. The hook is unavailable until `activate` is called."""
@@ -49,6 +61,8 @@ class Hook:
         self.ns = 0
         self.wanted = True
         """False: there is nothing to see for now; spares a call that is made in each step."""
+        self.apart = False
+        """Its time is no part of what the probe's hooks take: it was asked for."""
         self.fault = False
         self._logged = False
 
@@ -127,7 +141,7 @@ class Table:
 
     def spent_ns(self, role: str) -> int:
         """Time that a role's hooks took from the engine's threads."""
-        return sum(hook.ns for hook in self._hooks.values() if hook.role == role)
+        return sum(hook.ns for hook in self._hooks.values() if hook.role == role and not hook.apart)
 
 
 table = Table()

@@ -48,6 +48,13 @@ class Settings:
     experts_every: int = -1
     """GPUGLASS_EXPERTS_EVERY: one step in so many has its experts counted; 0: none; -1: the default."""
 
+    steps_every: int = 100
+    """GPUGLASS_STEPS_EVERY: one step in so many is told one by one, beside the slowest and those in which
+    requests begin; 0: none."""
+    kernels_every: int = 0
+    """GPUGLASS_KERNELS_EVERY: seconds between steps whose kernels are profiled, at least 10; 0: none. Such a
+    step takes some milliseconds longer."""
+
     @property
     def names_tenants(self) -> bool:
         """Whether requests are expected to belong to a tenant."""
@@ -78,6 +85,8 @@ def read(environment: Mapping[str, str]) -> Settings:
         proxy_secret=environment.get("GPUGLASS_PROXY_SECRET", ""),
         api_keys=value("API_KEYS", str, ""),
         experts_every=value("EXPERTS_EVERY", _count, -1),
+        steps_every=value("STEPS_EVERY", _count, 100),
+        kernels_every=value("KERNELS_EVERY", _pause, 0),
     )
 
 
@@ -93,6 +102,13 @@ def _count(text: str) -> int:
     number = int(text)
     if not 0 <= number <= 1_000_000:
         raise ValueError("a number of steps from 0 to 1000000 is expected")
+    return number
+
+
+def _pause(text: str) -> int:
+    number = int(text)
+    if number and not 10 <= number <= 86_400:
+        raise ValueError("0, or seconds from 10 to 86400, are expected")
     return number
 
 

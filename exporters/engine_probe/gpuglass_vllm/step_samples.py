@@ -1,7 +1,13 @@
-"""Some steps are told one by one: what the engine's thread notes of each, the records of the chosen ones."""
+"""Some steps are told one by one: what the engine's thread notes of each, the records of the chosen ones.
+
+Chosen are steps in which requests begin, the longest, every n-th, and profiled ones. Beside them the pieces
+of prompts are told, whichever step computed them.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpuglass_vllm import records
@@ -10,6 +16,14 @@ from gpuglass_vllm.identity import short_id
 
 FIRSTS = 4
 """Steps per flush that are told because a request began in them; beside them the longest one is told."""
+REGULAR = 8
+"""Steps per flush that are told because it was their turn."""
+CHUNKS_KEPT = 1024
+"""Pieces of prompts that are kept between two flushes."""
+
+Span = tuple[int, int, int]
+"""When the device began and ended a step, and the error; zeros: unknown."""
+UNKNOWN: Span = (0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -25,6 +39,7 @@ class Noted:
     replays: int = 0
     """Captured graphs that were replayed."""
     timed: bool = True
+    profiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +48,92 @@ class _Told:
     step: Step
     run: Run
     busy_ns: float
+    span: Span
 
 
 class StepSamples:
-    """Chooses steps between two flushes: some in which requests began, and the longest. For one thread."""
+    """Chooses steps between two flushes, and keeps pieces of prompts. For one thread."""
 
-    def __init__(self) -> None:
-        self._firsts: list[_Told] = []
+    def __init__(self, every: int = 0, chunks: bool = False) -> None:
+        """One step in `every` is told in any case (0: none); `chunks`: tell of pieces of prompts."""
+        self._every = every
+        self._tells_chunks = chunks
+        self._chosen: list[_Told] = []
+        self._firsts = 0
+        self._regular = 0
         self._longest: _Told | None = None
+        self._chunks: list[tuple[str, int, int, int, float]] = []
 
-    def see(self, noted: Noted, step: Step, busy_ns: float) -> None:
-        """A step's time is known."""
+    def see(
+        self, noted: Noted, step: Step, busy_ns: float, span: Callable[[], Span] = lambda: UNKNOWN
+    ) -> None:
+        """A step's time is known; `span` tells when the device had it."""
         if step.run is None or noted.batch is None:
             return
-        longest = self._longest
-        if noted.batch.new and len(self._firsts) < FIRSTS:
-            self._firsts.append(_Told(noted, step, step.run, busy_ns))
-        elif longest is None or busy_ns > longest.busy_ns:
-            self._longest = _Told(noted, step, step.run, busy_ns)
+        run = step.run
+        first = bool(noted.batch.new) and self._firsts < FIRSTS
+        regular = bool(self._every) and noted.number % self._every == 0 and self._regular < REGULAR
+        longest = self._longest is None or busy_ns > self._longest.busy_ns
+        has_chunks = self._tells_chunks and run.prefill is not None and len(self._chunks) < CHUNKS_KEPT
+        if not (first or regular or longest or has_chunks or noted.profiled):
+            return
+        told = _Told(noted, step, run, busy_ns, span())
+        if first or regular or noted.profiled:
+            self._firsts += first
+            self._regular += regular and not first
+            self._chosen.append(told)
+        elif longest:
+            self._longest = told
+        if has_chunks:
+            self._chunks += _chunks(told)
 
     def take(self, tid: int, cuda: bool) -> list[records.StepSample]:
         """Records of the steps chosen since the last call; `tid` is the engine's thread."""
-        chosen, self._firsts = self._firsts, []
+        chosen, self._chosen = self._chosen, []
+        self._firsts = self._regular = 0
         if self._longest is not None:
             chosen.append(self._longest)
             self._longest = None
         return [_record(told, tid, cuda) for told in chosen]
+
+    def take_chunks(self) -> list[records.PrefillChunks]:
+        """Records of the pieces of prompts since the last call."""
+        chunks, self._chunks = self._chunks, []
+        at = time.monotonic_ns()
+        found = []
+        for start in range(0, len(chunks), records.MAX_CHUNKS):
+            ids, begins, ends, tokens, gpu = zip(*chunks[start : start + records.MAX_CHUNKS], strict=True)
+            found.append(
+                records.PrefillChunks(
+                    at=at,
+                    request_ids=list(ids),
+                    begin_ns=list(begins),
+                    end_ns=list(ends),
+                    tokens=list(tokens),
+                    gpu_ns=list(gpu),
+                )
+            )
+        return found
+
+
+def _chunks(told: _Told) -> list[tuple[str, int, int, int, float]]:
+    """Request, begin, end, tokens and GPU time of each prompt that a step worked on."""
+    run, noted = told.run, told.noted
+    assert noted.batch is not None
+    if run.prefill is None or len(run.prefill) != len(run.ids):
+        return []
+    shares = Ledger.shares(told.step, told.busy_ns) or [0.0] * len(run.ids)
+    end = max(noted.end_ns, told.span[1])
+    return [
+        (
+            short_id(run.ids[index]),
+            noted.begin_ns,
+            end,
+            noted.batch.tokens_of.get(run.ids[index], 0),
+            shares[index],
+        )
+        for index in run.prefill.nonzero()[0].tolist()
+    ]
 
 
 def _record(told: _Told, tid: int, cuda: bool) -> records.StepSample:
@@ -84,4 +159,7 @@ def _record(told: _Told, tid: int, cuda: bool) -> records.StepSample:
         gpu_ns=[shares[index] for index in order] if shares else [],
         requests=run.requests,
         scheduled_tokens=run.tokens,
+        gpu_begin_ns=told.span[0],
+        gpu_end_ns=told.span[1],
+        gpu_error_ns=told.span[2],
     )

@@ -22,9 +22,12 @@ from typing import Any
 from gpuglass_vllm import allocator, hooks, identity, marks, records, settings
 from gpuglass_vllm.attribution import Batch, Ledger, Step
 from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Counts, Experts, HostCounts, Layout, Routing
+from gpuglass_vllm.gpu_anchor import Anchors
 from gpuglass_vllm.gpu_clock import EventClock, WallClock
+from gpuglass_vllm.kernels import KernelSampler, TooSlow, TorchProfiler
 from gpuglass_vllm.link import Link
-from gpuglass_vllm.step_samples import Noted, StepSamples
+from gpuglass_vllm.step_samples import UNKNOWN as NO_SPAN
+from gpuglass_vllm.step_samples import Noted, Span, StepSamples
 from gpuglass_vllm.tenants import OpenTenants
 from gpuglass_vllm.work_model import BY_TOKENS, UNKNOWN, WorkModel, device_by_name, fit
 
@@ -41,6 +44,10 @@ WORK_MODEL = hooks.table.hook("worker.work_model")
 """Whether time is split by the engine's own model of work, or by tokens."""
 SAMPLES = hooks.table.hook("worker.samples")
 """Some steps one by one."""
+ANCHORS = hooks.table.hook("worker.anchors")
+"""When the device had such a step, on the host's clock."""
+KERNELS = hooks.table.hook("worker.kernels")
+KERNELS.apart = True
 
 ALLOCATOR_INTERVAL = 5.0
 """Seconds between statistics of the allocator."""
@@ -135,6 +142,9 @@ class Probe:
         """Used by the link's thread."""
         self.samples = StepSamples()
         """Used by the link's thread."""
+        self.anchors: Anchors | None = None
+        """Used by the link's thread."""
+        self.kernels: KernelSampler | None = None
         self.tenants = OpenTenants()
         """Used by the engine's thread."""
         self.tid = 0
@@ -174,6 +184,8 @@ class Probe:
             self.clock = self._new_clock()
             _wrap_sampling(type(self.worker), self.clock.kind)
             self.ledger = Ledger(model)
+            rank = int(getattr(self.worker, "rank", 0))
+            self.samples = StepSamples(settings.current().steps_every, chunks=rank == 0)
             for hook in (OUT_OF_MEMORY, PADDING, SAMPLES):
                 hook.activate()
             if self.on_cuda:
@@ -182,6 +194,8 @@ class Probe:
                 ALLOCATOR.unavailable("the engine runs on a CPU")
             if self.on_cuda:
                 _watch_replays(self)
+            self._place_on_host_clock()
+            self._profile_kernels()
             self.link = Link(ROLE, WorkerSource(self))
             self.link.start()
         if self.experts is not None:
@@ -206,6 +220,29 @@ class Probe:
         known = device_by_name(self.device_name)
         if known is not None:
             self.peak_flops = known.flops8 if _is_8_bits(config) else known.flops
+
+    def _place_on_host_clock(self) -> None:
+        """Get ready to tell when the device had a step."""
+        if not isinstance(self.clock, EventClock):
+            ANCHORS.unavailable("steps are timed by the host's clock")
+        elif ANCHORS.activate():
+            self.anchors = ANCHORS.run(_anchors, self.worker.device)
+
+    def _profile_kernels(self) -> None:
+        """Get ready to profile steps, if that was asked for."""
+        every = settings.current().kernels_every
+        if not every:
+            KERNELS.unavailable("GPUGLASS_KERNELS_EVERY is 0")
+        elif not self.on_cuda:
+            KERNELS.unavailable("the engine runs on a CPU")
+        elif KERNELS.activate():
+            sampler = KernelSampler(TorchProfiler(self.worker.device), every)
+            try:
+                sampler.warm_up()
+            except Exception as error:
+                KERNELS.unavailable(f"the profiler cannot be started: {error!r}"[:200])
+            else:
+                self.kernels = sampler
 
     def _new_clock(self) -> EventClock[Noted] | WallClock[Noted]:
         if not self.on_cuda:
@@ -353,6 +390,9 @@ class Probe:
         if not self.tid:
             self.tid = threading.get_native_id()
         noted = Noted(batch, self._number, time.monotonic_ns())
+        kernels = self.kernels
+        if kernels is not None and batch is not None and kernels.due():
+            noted.profiled = self._profile(kernels.begin)
         if not self.clock.begin(noted, graph):
             self._forget(noted)
         self._step = noted
@@ -365,6 +405,27 @@ class Probe:
             self._step = self._output = None
             noted.end_ns = time.monotonic_ns()
             self.clock.end()
+            if noted.profiled and self.kernels is not None:
+                self._profile(self.kernels.end, noted.number)
+
+    def _profile(self, function: Callable[..., None], *args: Any) -> bool:
+        """Call the profiler; whether that went well. Its time is kept apart from the probe's own."""
+        start = time.perf_counter_ns()
+        try:
+            KERNELS.check()
+            function(*args)
+            return True
+        except TooSlow as error:
+            KERNELS.unavailable(str(error))
+        except Exception as error:
+            KERNELS.failed(error)
+        finally:
+            took = time.perf_counter_ns() - start
+            KERNELS.ns += took
+            STEPS.ns -= took
+            if not KERNELS.on:
+                self.kernels = None
+        return False
 
     def _leave(self, noted: Noted) -> None:
         """Note a batch for which there is no time."""
@@ -381,6 +442,8 @@ class Probe:
         """The engine failed in this step."""
         noted, self._step, self._output = self._step, None, None
         self.clock.cancel()
+        if noted is not None and noted.profiled and self.kernels is not None:
+            self._profile(self.kernels.cancel)
         if noted is not None:
             self._leave(noted)
         if self.experts is not None:
@@ -447,7 +510,15 @@ class Probe:
         step.host_fed = self.on_cuda and noted.batch is not None and noted.replays != 1
         self.ledger.add(step, busy_ns, idle_ns, unattributed_ns)
         if SAMPLES.on:
-            self.samples.see(noted, step, busy_ns)
+            self.samples.see(noted, step, busy_ns, self._span)
+
+    def _span(self) -> Span:
+        """When the device had the step that is being delivered."""
+        span, anchors = self.clock.span, self.anchors
+        if span is None or anchors is None:
+            return NO_SPAN
+        found: Span | None = _guarded(ANCHORS, anchors.place, *span)
+        return found or NO_SPAN
 
     def drain_clock(self) -> None:
         """Work out the steps that the device has passed."""
@@ -457,6 +528,10 @@ class Probe:
     def take_samples(self) -> list[records.StepSample]:
         """Steps to be told one by one."""
         return self.samples.take(self.tid, self.on_cuda)
+
+    def take_kernels(self) -> records.StepKernels | None:
+        """What ran in a profiled step."""
+        return self.kernels.take() if self.kernels is not None else None
 
 
 class WorkerSource:
@@ -492,11 +567,11 @@ class WorkerSource:
         probe = self._probe
         at = time.monotonic_ns()
         result: list[records.Record] = []
+        if probe.anchors is not None:
+            _guarded(ANCHORS, probe.anchors.refresh)
         _guarded(STEPS, probe.drain_clock)
         result += probe.ledger.gains(everything).records(at)
-        if probe.link is not None:
-            for sample in _guarded(SAMPLES, probe.take_samples) or ():
-                probe.link.event(sample)
+        self._tell_steps(probe)
         now = time.monotonic()
         if ALLOCATOR.on and (everything or now >= self._next_allocator):
             self._next_allocator = now + ALLOCATOR_INTERVAL
@@ -504,6 +579,18 @@ class WorkerSource:
             if state is not None:
                 result.append(state)
         return result
+
+    @staticmethod
+    def _tell_steps(probe: Probe) -> None:
+        """Steps that are told one by one; a step before its kernels."""
+        if probe.link is None:
+            return
+        for sample in _guarded(SAMPLES, probe.take_samples) or ():
+            probe.link.event(sample)
+        for chunks in _guarded(SAMPLES, probe.samples.take_chunks) or ():
+            probe.link.event(chunks)
+        if probe.kernels is not None and (found := _guarded(KERNELS, probe.take_kernels)) is not None:
+            probe.link.event(found)
 
     def sums(self) -> Iterable[records.Record]:
         """Time of tenants and steps, and expert counts when it is time for them."""
@@ -647,6 +734,21 @@ def _recorder(device: Any) -> Callable[[Any], None]:
         event.record(stream)
 
     return record
+
+
+def _anchors(device: Any) -> Anchors:
+    """Anchors on a stream of their own; the first one is taken at once."""
+    import torch
+
+    stream = torch.cuda.Stream(device)
+
+    def pass_event(event: Any) -> None:
+        event.record(stream)
+        event.synchronize()
+
+    anchors = Anchors(lambda: torch.cuda.Event(enable_timing=True), pass_event)
+    anchors.refresh()
+    return anchors
 
 
 def _watch_replays(probe: Probe) -> None:
