@@ -119,7 +119,7 @@ class Replicas(Forecast):
         )
         for basis, values in (("all", total), ("now", now), ("forecast", later)):
             yield Column(families.REPLICAS, values, {"basis": basis})
-        live = ~np.isnan(self._fitted)
+        live = self.taken
         if wanted.capacity:
             yield Column(families.REPLICA_CAPACITY, np.where(live, each, np.nan), {"source": "configured"})
         else:
@@ -135,9 +135,7 @@ class Replicas(Forecast):
         """See `Analyzer`."""
         saved = super().save()
         for name, part in (("load", self.load), ("requests", self.requests)):
-            of_part = table.save(part, VERSION)
-            saved.arrays.update({f"{name}/{key}": array for key, array in of_part.arrays.items()})
-            saved.meta[name] = of_part.meta
+            table.nest(saved, name, table.save(part, VERSION))
         saved.arrays["open_requests"] = self._open_requests
         return saved
 
@@ -145,13 +143,8 @@ class Replicas(Forecast):
         """See `Analyzer`."""
         parts = {}
         for name in ("load", "requests"):
-            part = Capacity.empty(len(self._now))
-            arrays = {
-                k.removeprefix(f"{name}/"): a for k, a in state.arrays.items() if k.startswith(f"{name}/")
-            }
-            meta = state.meta.get(name)
-            table.restore(part, State(arrays, meta if isinstance(meta, dict) else {}), VERSION)
-            parts[name] = part
+            parts[name] = Capacity.empty(len(self._now))
+            table.restore(parts[name], table.nested(state, name), VERSION)
         super().restore(state)
         self.load, self.requests = parts["load"], parts["requests"]
         stored = state.arrays.get("open_requests")

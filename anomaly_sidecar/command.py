@@ -74,6 +74,9 @@ def _source(parser: ArgumentParser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
+    os.environ.update(
+        {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    )
     try:
         import numpy  # noqa: F401
     except ImportError:

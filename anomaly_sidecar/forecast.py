@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from anomaly_sidecar import replicas
 from anomaly_sidecar import rows as table
+from anomaly_sidecar.fits import Asked, Fits
 from anomaly_sidecar.forecaster import CANDIDATES, Forecaster
 from anomaly_sidecar.interface import (
     Column,
@@ -31,10 +32,10 @@ from anomaly_sidecar.interface import (
 )
 from anomaly_sidecar.models.gate import MIN_TARGETS
 from anomaly_sidecar.models.history import DAY
+from anomaly_sidecar.models.panel import Panel
 from gpuglass.families import anomaly as families
 
-VERSION = 1
-JOB = "anomaly_sidecar.models.seasonal:job"
+VERSION = 2
 MAX_CELLS = 1440
 """Of a horizon, and of a day."""
 
@@ -54,7 +55,7 @@ class ForecastSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     fit: bool = True
     """False leaves the fitted model out."""
     decomposition: bool = False
-    """Publish trend, course of the day and remainder too: three more series each."""
+    """Publish trend, course of the day and remainder too, and how strong they are: five more series each."""
 
     def __post_init__(self) -> None:
         if not (60 <= self.step <= 3600 and 86400 % self.step == 0):
@@ -79,22 +80,18 @@ class Forecast:
     def __init__(self, name: str, settings: ForecastSettings, workers: Workers) -> None:
         self.name = name
         self.settings = settings
-        self._workers = workers
         self._cells = [round(horizon / settings.step) for horizon in settings.horizons]
         self.state = self._empty(0)
         self._sum = np.zeros(0)
         self._count = np.zeros(0)
-        self._fitted = np.zeros(0)
-        """(rows,) time of the latest fit that was asked for; -1 before the first, NaN for a free row."""
-        self._waiting: dict[str, int] = {}
-        """Row of each fit under way, by its key."""
+        self.fits = Fits(name, settings.step, settings.refit, workers)
+        self.panel = Panel.empty(0)
         self._limit = np.zeros(0)
         self._now = np.zeros(0)
         self._used = np.zeros(0)
         self._quota = np.zeros(0)
         self._open = -1
         """Number of the cell that is being filled."""
-        self.fit_errors = 0
 
     def _empty(self, rows: int) -> Forecaster:
         settings = self.settings
@@ -107,36 +104,41 @@ class Forecast:
             table.resize(self.state, self._empty(capacity))
             self._sum = np.concatenate([self._sum, np.zeros(more)])
             self._count = np.concatenate([self._count, np.zeros(more)])
-            self._fitted = np.concatenate([self._fitted, np.full(more, np.nan)])
+            self.fits.resize(capacity)
+            table.resize(self.panel, Panel.empty(capacity))
             self._limit = np.concatenate([self._limit, np.full(more, np.nan)])
             self._now = np.concatenate([self._now, np.full(more, np.nan)])
             self._used = np.concatenate([self._used, np.full(more, np.nan)])
             self._quota = np.concatenate([self._quota, np.full(more, np.nan)])
         self.evict(rows)
-        self._fitted[rows] = -1.0
+        self.fits.admit(rows, labels)
 
     def evict(self, rows: RowArray) -> None:
         """See `Analyzer`."""
         table.clear(self.state, rows, self._empty(1))
+        table.clear(self.panel, rows, Panel.empty(1))
+        self.fits.evict(rows)
         for array, nothing in (
             (self._sum, 0.0),
             (self._count, 0.0),
-            (self._fitted, np.nan),
             (self._limit, np.nan),
             (self._now, np.nan),
             (self._used, np.nan),
             (self._quota, np.nan),
         ):
             array[rows] = nothing
-        gone = {int(row) for row in rows}
-        self._waiting = {key: row for key, row in self._waiting.items() if row not in gone}
+
+    @property
+    def taken(self) -> NDArray[np.bool_]:
+        """(rows,) whether a series has the row."""
+        return ~np.isnan(self.fits.asked.cell)
 
     def observe(self, frame: Frame) -> None:
         """See `Analyzer`. A sample at a cell's end belongs to the cell: that is what a rate of PromQL is
         about."""
         number = math.ceil(frame.time / self.settings.step - 1e-9)
         if number > self._open >= 0:
-            self._close()
+            self._close(frame.live)
         if number > self.state.history.index:
             self._open = number
             values = frame.values["value"]
@@ -145,7 +147,7 @@ class Forecast:
             self._count += there
             self._now = values.copy()
             if abs(number * self.settings.step - frame.time) < 1e-6 * self.settings.step:
-                self._close()
+                self._close(frame.live)
         limit = frame.values.get("limit")
         if limit is not None:
             self._limit = limit.copy()
@@ -153,53 +155,33 @@ class Forecast:
         if used is not None and quota is not None:
             self._used, self._quota = used.copy(), quota.copy()
         if frame.live and self.settings.fit:
-            self._take_fits()
-            self._ask_for_fits(frame.time)
+            self.fits.ask(self.state.history, live=True)
 
-    def _close(self) -> None:
+    def _close(self, live: bool) -> None:
+        """The open cell has ended: take in its mean, and fits."""
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = self._sum / self._count
         self.state.push(self._open, mean)
         self._sum[:] = 0.0
         self._count[:] = 0.0
+        self.panel.push(self._open, mean, self.state.model.pattern, self.settings.step)
+        if self.settings.fit:
+            for row, fitted in self.fits.take(self._open, live):
+                self._take(row, fitted)
+            self.fits.ask(self.state.history, live)
         self._open = -1
 
-    def _ask_for_fits(self, time: float) -> None:
-        history = self.state.history
-        due = (self._fitted <= time - self.settings.refit) & (history.seen >= 2 * history.day)
-        for row in np.flatnonzero(due):
-            key = f"{self.name}/{row}"
-            cells = history.ring[
-                row, np.arange(history.index - 7 * history.day + 1, history.index + 1) % history.ring.shape[1]
-            ]
-            first = history.index - len(cells) + 1
-            begin = int((~np.isnan(cells)).argmax())
-            arguments = State(
-                {"values": cells[begin:].astype(np.float64)}, {"first": first + begin, "period": history.day}
-            )
-            if key in self._waiting or not self._workers.submit(key, JOB, arguments):
-                break
-            self._waiting[key] = int(row)
-            self._fitted[row] = time
-
-    def _take_fits(self) -> None:
-        for key, row in list(self._waiting.items()):
-            result = self._workers.take(key)
-            if result is None:
-                continue
-            del self._waiting[key]
-            arrays = result.state.arrays if result.state is not None else {}
-            pattern, parameters = arrays.get("pattern"), arrays.get("parameters")
-            if pattern is None or parameters is None or pattern.shape != (self.state.history.day,):
-                self.fit_errors += result.state is None
-                continue
-            self.state.model.refit(row, pattern, parameters, self.state.history)
+    def _take(self, row: int, fitted: State) -> None:
+        history, model = self.state.history, self.state.model
+        pattern, parameters = fitted.arrays["pattern"], fitted.arrays["parameters"]
+        model.refit(row, pattern, parameters, history)
+        self.panel.refit(row, fitted.arrays["panel"], int(fitted.meta["last"]), pattern, history)
 
     @property
     def ready(self) -> NDArray[np.bool_]:
         """(rows, horizons) whether enough targets have come: errors of a few say nothing."""
         enough: NDArray[np.bool_] = self.state.gate.published[..., 0] >= MIN_TARGETS / 2
-        return enough & ~np.isnan(self._fitted)[:, None]
+        return enough & self.taken[:, None]
 
     def outputs(self) -> Iterable[Output]:
         """See `Analyzer`."""
@@ -235,33 +217,37 @@ class Forecast:
 
     def _decomposition(self) -> Iterable[Output]:
         """Parts of the latest closed cell by the latest fit; they add up to it."""
-        history, model = self.state.history, self.state.model
-        fitted = ~np.isnan(model.parameters[:, 0]) & (history.age == 0)
-        trend = model.mean[:, 0]
-        seasonal = model.pattern[:, history.index % history.day]
+        history, panel = self.state.history, self.panel
+        known = history.age == 0
+        seasonal = self.state.model.pattern[:, history.index % history.day]
         for part, values in (
-            ("trend", trend),
+            ("trend", panel.trend),
             ("seasonal", seasonal),
-            ("remainder", history.now - trend - seasonal),
+            ("remainder", history.now - panel.trend - seasonal),
         ):
-            yield Column(families.DECOMPOSITION, np.where(fitted, values, np.nan), {"part": part})
+            shown_values = np.where(known & ~np.isnan(panel.trend), values, np.nan)
+            yield Column(families.DECOMPOSITION, shown_values, {"part": part})
+        for place, part in enumerate(("trend", "seasonal")):
+            strength = np.where(known, panel.strength[:, place], np.nan)
+            yield Column(families.DECOMPOSITION_STRENGTH, strength, {"part": part})
+
+    def _own(self) -> dict[str, FloatArray]:
+        """Arrays of state beside the parts', one entry per row."""
+        return {
+            "open_sum": self._sum,
+            "open_count": self._count,
+            "limit": self._limit,
+            "now": self._now,
+            "used": self._used,
+            "quota": self._quota,
+        }
 
     def save(self) -> State:
-        """See `Analyzer`. Fits under way are asked for again."""
+        """See `Analyzer`. Fits under way are asked for again, about the same cells."""
         saved = table.save(self.state, VERSION)
-        waiting = np.zeros(len(self._fitted), np.bool_)
-        waiting[list(self._waiting.values())] = True
-        saved.arrays.update(
-            {
-                "open_sum": self._sum,
-                "open_count": self._count,
-                "fitted": np.where(waiting, -1.0, self._fitted),
-                "limit": self._limit,
-                "now": self._now,
-                "used": self._used,
-                "quota": self._quota,
-            }
-        )
+        table.nest(saved, "fits", table.save(self.fits.asked, VERSION))
+        table.nest(saved, "panel", table.save(self.panel, VERSION))
+        saved.arrays.update(self._own())
         saved.meta.update(
             open=self._open, horizons=list(self._cells), quantiles=list(self.settings.quantiles)
         )
@@ -274,26 +260,22 @@ class Forecast:
             self.settings.quantiles
         ):
             raise StateError("forecast: other horizons or quantiles")
-        own = ("open_sum", "open_count", "fitted", "limit", "now", "used", "quota")
-        arrays = [state.arrays.get(name) for name in own]
-        if not isinstance(meta.get("open"), int) or any(
-            array is None or array.ndim != 1 or len(array) > len(self._sum) for array in arrays
-        ):
-            raise StateError("forecast: parts are missing")
-        table.restore(self.state, state, VERSION)
+        rows = len(self._sum)
         taken: list[FloatArray] = []
-        for array, now in zip(
-            arrays,
-            (self._sum, self._count, self._fitted, self._limit, self._now, self._used, self._quota),
-            strict=True,
-        ):
-            whole = now.copy()
-            if array is not None:
-                whole[: len(array)] = array
-            taken.append(whole)
-        self._sum, self._count, self._fitted, self._limit, self._now, self._used, self._quota = taken
+        for name, own in self._own().items():
+            array = state.arrays.get(name)
+            if array is None or array.ndim != 1 or len(array) > rows or array.dtype != own.dtype:
+                raise StateError(f"forecast: the array {name} is missing or has another shape")
+            taken.append(np.concatenate([array, own[len(array) :]]))
+        if not isinstance(meta.get("open"), int):
+            raise StateError("forecast: the open cell is missing")
+        asked, panel = Asked.empty(rows), Panel.empty(rows)
+        table.restore(asked, table.nested(state, "fits"), VERSION)
+        table.restore(panel, table.nested(state, "panel"), VERSION)
+        table.restore(self.state, state, VERSION)
+        self._sum, self._count, self._limit, self._now, self._used, self._quota = taken
+        self.fits.asked, self.panel = asked, panel
         self._open = int(meta["open"])
-        self._waiting = {}
 
     def candidate(self, row: int, horizon: int) -> str:
         """Name of the forecast that is published of a row at the horizon of that place."""

@@ -168,7 +168,13 @@ class Workers(Protocol):
     def take(self, key: str) -> JobResult | None:
         """The result of the job with this key, once; None while it is under way or unknown.
 
-        A job that takes too long or whose process dies gives an error."""
+        A job that takes too long or whose process dies again and again gives an error."""
+
+    def wait(self, key: str, seconds: float) -> tuple[JobResult | None, float]:
+        """As `take`, but waits for the result; and the seconds that were waited, at most `seconds`."""
+
+    def drop(self, key: str) -> None:
+        """The result of the job with this key is not wanted any more."""
 
 
 @dataclass(frozen=True, slots=True)

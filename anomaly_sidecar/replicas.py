@@ -130,8 +130,9 @@ def seconds_to_limit(now: Floats, limit: Floats, forecast: Floats, horizons: Flo
     first = over.argmax(axis=1)
     rows = np.arange(len(values))
     before = np.maximum(first - 1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = (limit - values[rows, before]) / (values[rows, first] - values[rows, before])
+    rise = values[rows, first] - values[rows, before]
+    left = limit - values[rows, before]
+    share = np.divide(left, rise, out=np.full(len(values), np.nan), where=rise > 0)
     exact = np.where(first == 0, 0.0, times[before] + share * (times[first] - times[before]))
     return np.where(over.any(axis=1), exact, np.nan)
 

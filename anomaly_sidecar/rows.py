@@ -55,6 +55,20 @@ def save(state: Any, version: int) -> State:
     return saved
 
 
+def nest(saved: State, name: str, part: State) -> None:
+    """Put the state of a part into a whole, under its name."""
+    saved.arrays.update({f"{name}/{key}": array for key, array in part.arrays.items()})
+    saved.meta[name] = part.meta
+
+
+def nested(saved: State, name: str) -> State:
+    """What `nest` put in. Nothing where it is not there, which `restore` refuses."""
+    prefix = f"{name}/"
+    arrays = {key.removeprefix(prefix): a for key, a in saved.arrays.items() if key.startswith(prefix)}
+    meta = saved.meta.get(name)
+    return State(arrays, meta if isinstance(meta, dict) else {})
+
+
 def restore(state: Any, saved: State, version: int) -> None:
     """Take what `save` gave. Raises `StateError` and then has changed nothing."""
     if saved.meta.get("version") != version:

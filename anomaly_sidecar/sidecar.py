@@ -22,6 +22,8 @@ from typing import Any
 import gpuglass
 from anomaly_sidecar.clock import ServerClock
 from anomaly_sidecar.config import Config
+from anomaly_sidecar.fits import RESULTS
+from anomaly_sidecar.forecast import Forecast
 from anomaly_sidecar.interface import Analyzer, Clock, StateError
 from anomaly_sidecar.publish import merged
 from anomaly_sidecar.reader import Matrix, Reader, ReadError, Vector
@@ -339,6 +341,9 @@ class Sidecar:
             batch.add(families.SERIES, len(unit.table), name)
             batch.add(families.COLLISIONS, unit.publisher.collisions, name)
             batch.add(families.RESTORED, int(unit.restored in ("latest", "previous")), name, unit.restored)
+            if isinstance(unit.analyzer, Forecast) and unit.analyzer.settings.fit:
+                for result in RESULTS:
+                    batch.add(families.FITS, unit.analyzer.fits.counts[result], name, result)
             if unit.last_live is not None:
                 batch.add(families.LAST_EVALUATION, unit.last_live, name)
         if self.server_clock.known:
@@ -352,6 +357,7 @@ class Sidecar:
             batch.add(families.WORKER_JOBS, self._workers.jobs - self._workers.failed, "ok")
             batch.add(families.WORKER_JOBS, self._workers.failed, "failed")
             batch.add(families.WORKER_PENDING, self._workers.pending)
+            batch.add(families.WORKER_RESTARTS, self._workers.restarts)
         usage = resource.getrusage(resource.RUSAGE_SELF)
         batch.add(families.CPU, round(usage.ru_utime + usage.ru_stime, 2))
         resident = resident_bytes()

@@ -1,8 +1,9 @@
 """Processes for fits that take longer than a cycle may.
 
 A job is the name of a function of `State` that returns `State`; arguments and results cross the pipe as npz
-(`anomaly_sidecar.snapshot`), never as pickles. Each process has one thread here that feeds it. A job that
-takes too long, or whose process dies, ends as an error, and the process is started anew for the next one.
+(`anomaly_sidecar.snapshot`), never as pickles. Each process has one thread here that feeds it. A process that
+dies is told and started anew, after a while that grows as long as they die; its job is tried again, and ends
+as an error after `MAX_TRIES` or when it takes too long.
 """
 
 from __future__ import annotations
@@ -17,14 +18,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from enum import Enum
 from typing import IO
 
 from anomaly_sidecar import snapshot
 from anomaly_sidecar.interface import JobResult, State, StateError
+from gpuglass.logs import LOG
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""For numpy: more threads take twice the CPU time for matrices as small as these."""
 PREFIX = "anomaly_sidecar."
 MAX_QUEUED = 1000
 MAX_MESSAGE = 256 << 20
+MAX_TRIES = 3
+"""Processes that a job may outlive."""
+FIRST_BACKOFF = 0.5
+"""Seconds before a process is started in the place of one that died; doubled for each that follows."""
+MAX_BACKOFF = 60.0
 _LENGTH = struct.Struct("<Q")
 
 
@@ -66,6 +76,14 @@ class InlineWorkers:
         """See `Workers`."""
         return self._results.pop(key, None)
 
+    def wait(self, key: str, seconds: float) -> tuple[JobResult | None, float]:
+        """See `Workers`."""
+        return self.take(key), 0.0
+
+    def drop(self, key: str) -> None:
+        """See `Workers`."""
+        self._results.pop(key, None)
+
     def close(self) -> None:
         """Nothing to end."""
 
@@ -75,14 +93,17 @@ class WorkerPool:
 
     def __init__(self, count: int, timeout: float = 600.0) -> None:
         self._timeout = timeout
-        self._queue: queue.Queue[tuple[str, str, State] | None] = queue.Queue(MAX_QUEUED)
-        self._lock = threading.Lock()
+        self._queue: queue.Queue[tuple[str, str, State] | None] = queue.Queue(MAX_QUEUED + count)
+        self._changed = threading.Condition()
         self._pending: set[str] = set()
+        self._dropped: set[str] = set()
+        """Pending ones whose results nobody wants."""
         self._results: dict[str, JobResult] = {}
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._closed = False
+        self._closed = threading.Event()
         self.jobs = 0
         self.failed = 0
+        self.restarts = 0
         self._threads = [
             threading.Thread(target=self._feed, name=f"worker-{number}", daemon=True)
             for number in range(count)
@@ -92,8 +113,8 @@ class WorkerPool:
 
     def submit(self, key: str, job: str, arguments: State) -> bool:
         """See `Workers`."""
-        with self._lock:
-            if self._closed or key in self._pending or len(self._pending) >= MAX_QUEUED:
+        with self._changed:
+            if self._closed.is_set() or key in self._pending or len(self._pending) >= MAX_QUEUED:
                 return False
             self._pending.add(key)
         self._queue.put((key, job, arguments))
@@ -101,12 +122,26 @@ class WorkerPool:
 
     def take(self, key: str) -> JobResult | None:
         """See `Workers`."""
-        with self._lock:
+        with self._changed:
             return self._results.pop(key, None)
+
+    def wait(self, key: str, seconds: float) -> tuple[JobResult | None, float]:
+        """See `Workers`."""
+        started = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._results or self._closed.is_set(), seconds)
+            return self._results.pop(key, None), time.monotonic() - started
+
+    def drop(self, key: str) -> None:
+        """See `Workers`."""
+        with self._changed:
+            self._results.pop(key, None)
+            if key in self._pending:
+                self._dropped.add(key)
 
     def processes(self) -> list[subprocess.Popen[bytes]]:
         """Processes that run now."""
-        with self._lock:
+        with self._changed:
             return list(self._processes)
 
     @property
@@ -116,8 +151,9 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the processes; what they work on is lost."""
-        with self._lock:
-            self._closed = True
+        with self._changed:
+            self._closed.set()
+            self._changed.notify_all()
             processes = list(self._processes)
         for process in processes:
             process.kill()
@@ -127,30 +163,56 @@ class WorkerPool:
             thread.join(5)
 
     def _feed(self) -> None:
+        """One process's thread: its jobs, one after the other."""
         process: subprocess.Popen[bytes] | None = None
+        deaths = 0  # since the latest answer
         while (item := self._queue.get()) is not None:
             key, job, arguments = item
-            if self._closed:
-                continue
-            if process is None or process.poll() is not None:
-                process = self._start()
-            result, healthy = self._exchange(process, job, arguments)
-            if not healthy:
-                self._end(process)
-                process = None
-            with self._lock:
-                self._pending.discard(key)
-                self._results[key] = result
-                self.jobs += 1
-                self.failed += result.state is None
+            result = JobResult(None, "not wanted any more")
+            for attempt in range(1, MAX_TRIES + 1):
+                if self._closed.is_set() or key in self._dropped:
+                    break
+                if process is None:
+                    if deaths and self._closed.wait(min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** (deaths - 1))):
+                        continue
+                    process = self._start()
+                result, outcome = self._exchange(process, job, arguments)
+                if outcome is not _Outcome.ANSWERED:
+                    self._end(process)
+                    process = None
+                if outcome is not _Outcome.DIED:
+                    deaths = 0
+                    break
+                deaths = min(deaths + 1, 16)
+                if not self._closed.is_set():
+                    self.restarts += 1
+                    LOG.warning("%s: %s; attempt %d of %d", key, result.error, attempt, MAX_TRIES)
+            self._settle(key, result)
         if process is not None:
             self._end(process)
 
+    def _settle(self, key: str, result: JobResult) -> None:
+        with self._changed:
+            self._pending.discard(key)
+            if key in self._dropped:
+                self._dropped.discard(key)
+                return
+            self._results[key] = result
+            self.jobs += 1
+            self.failed += result.state is None
+            self._changed.notify_all()
+        if result.state is None and not self._closed.is_set():
+            LOG.warning("%s: %s", key, result.error)
+
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=os.environ | ONE_THREAD,
         )
-        with self._lock:
+        with self._changed:
             self._processes.add(process)
         return process
 
@@ -160,28 +222,37 @@ class WorkerPool:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
-        with self._lock:
+        with self._changed:
             self._processes.discard(process)
 
     def _exchange(
         self, process: subprocess.Popen[bytes], job: str, arguments: State
-    ) -> tuple[JobResult, bool]:
-        """Result, and whether the process can go on."""
+    ) -> tuple[JobResult, _Outcome]:
+        """Result, and what became of the process."""
         if process.stdin is None or process.stdout is None:
-            return JobResult(None, "the worker has no pipes"), False
+            return JobResult(None, "the worker has no pipes"), _Outcome.DIED
         deadline = time.monotonic() + self._timeout
         try:
             message = State(arguments.arrays, {"job": job, "meta": arguments.meta})
             _send(process.stdin, snapshot.to_bytes(message))
             answer = snapshot.from_bytes(_receive(process.stdout, deadline))
         except TimeoutError:
-            return JobResult(None, f"took longer than {self._timeout:g} s"), False
+            return JobResult(None, f"took longer than {self._timeout:g} s"), _Outcome.TOO_LONG
         except (OSError, EOFError, ValueError) as error:
-            return JobResult(None, f"the worker died: {' '.join(str(error).split())[:120]}"), False
+            text = " ".join(str(error).split())[:120]
+            return JobResult(None, f"the worker died: {text}"), _Outcome.DIED
         error_text = str(answer.meta.get("error", ""))
         if error_text:
-            return JobResult(None, error_text), True
-        return JobResult(State(answer.arrays, answer.meta["meta"])), True
+            return JobResult(None, error_text), _Outcome.ANSWERED
+        return JobResult(State(answer.arrays, answer.meta["meta"])), _Outcome.ANSWERED
+
+
+class _Outcome(Enum):
+    """What became of a process that was given a job."""
+
+    ANSWERED = 0
+    DIED = 1
+    TOO_LONG = 2
 
 
 def _send(pipe: IO[bytes], data: bytes) -> None:

@@ -33,6 +33,8 @@ features apart: whether surprises stay or go is learnt by itself."""
 FEATURES = 15
 CLIP = 5.0
 """Largest feature, in units of the scale."""
+FIT_DELAY = 3600.0
+"""Seconds for which the ring remembers more than its days: a fit is about cells up to so long ago."""
 
 
 def median(values: Floats) -> Floats:
@@ -73,7 +75,7 @@ class History:
     def empty(cls, rows: int, step: float) -> History:
         """A history of nothing."""
         day = round(DAY / step)
-        cells = RING_DAYS * day + 2 * _width(step) + RECENT
+        cells = RING_DAYS * day + max(2 * _width(step) + RECENT, round(FIT_DELAY / step))
         nothing = np.full(rows, np.nan)
         return cls(
             step=step,

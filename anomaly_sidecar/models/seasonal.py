@@ -1,10 +1,10 @@
 """Decomposition and forecast model of single series with statsmodels, and their steps between two fits.
 
 `decompose` splits a series into trend, course of the day and remainder (STL, Cleveland et al. 1990, with
-jumps: 30 times faster at 288 cells a day and as good). `fit` is the job that a worker runs: it
-decomposes, and fits a level with an autoregressive part (unobserved components) to what is left without
-the course of the day. What comes back are a few numbers per series, never a results object. `LevelAr`
-moves on by Kalman's equations, all series at once.
+jumps: 30 times faster at 288 cells a day and as good). `fit` is the job that a worker runs: it decomposes,
+and fits a level with an autoregressive part (unobserved components) to what is left without the course of
+the day. What comes back are a few numbers per series, never a results object. `models.panel` and
+`models.level_ar` move on from them, all series at once.
 """
 
 from __future__ import annotations
@@ -73,6 +73,15 @@ class Fit:
     """(period,) expected distance from the level, by number of the cell modulo the period."""
     parameters: Floats
     """(3,) variance of the level's steps, variance and coefficient of the autoregressive part."""
+    panel: Floats
+    """(3,) trend of the last cell, strength of the trend and of the course of the day."""
+
+
+def strength(part: Floats, remainder: Floats) -> float:
+    """0 to 1: how much of the variance of part and remainder together is the part's (Hyndman and
+    Athanasopoulos, Forecasting: Principles and Practice, 4.3)."""
+    whole = float(np.var(part + remainder))
+    return max(0.0, 1.0 - float(np.var(remainder)) / whole) if whole > 0 else 0.0
 
 
 def fit(values: Floats, first: int, period: int) -> Fit | None:
@@ -105,12 +114,23 @@ def fit(values: Floats, first: int, period: int) -> Fit | None:
         result = model.fit(disp=False, maxiter=MAX_ITERATIONS)
     named = dict(zip(model.param_names, np.asarray(result.params, np.float64), strict=True))
     parameters = np.array([named["sigma2.level"] * scale**2, named["sigma2.ar"] * scale**2, named["ar.L1"]])
-    return Fit(pattern, parameters) if np.isfinite(parameters).all() else None
+    panel = np.array(
+        [
+            parts.trend[-1],
+            strength(parts.trend, parts.remainder),
+            strength(parts.seasonal, parts.remainder),
+        ]
+    )
+    return Fit(pattern, parameters, panel) if np.isfinite(parameters).all() else None
 
 
 def job(arguments: State) -> State:
-    """`fit` in a worker: array "values", numbers "first" and "period"; gives arrays "pattern" and
-    "parameters", or nothing where there is no fit."""
+    """`fit` in a worker: array "values", numbers "first" and "period". Gives the arrays of a `Fit` and the
+    number of its last cell, or nothing where there is no fit."""
     values = np.asarray(arguments.arrays["values"], np.float64)
-    found = fit(values, int(arguments.meta["first"]), int(arguments.meta["period"]))
-    return State() if found is None else State({"pattern": found.pattern, "parameters": found.parameters})
+    first, period = int(arguments.meta["first"]), int(arguments.meta["period"])
+    found = fit(values, first, period)
+    if found is None:
+        return State()
+    arrays = {"pattern": found.pattern, "parameters": found.parameters, "panel": found.panel}
+    return State(arrays, {"last": first + len(values) - 1})

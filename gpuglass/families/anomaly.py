@@ -106,6 +106,14 @@ DECOMPOSITION = _of_series(
     "part",
     absent="The forecast does not ask for it, or nothing is fitted yet.",
 )
+DECOMPOSITION_STRENGTH = _of_series(
+    "decomposition_strength_ratio",
+    "How much of a forecast's series is trend or course of the day (part trend, seasonal) and not remainder, by "
+    "the latest fit: 0 nothing, 1 all.",
+    "part",
+    unit="ratio",
+    absent="The forecast does not ask for it, or nothing is fitted yet.",
+)
 EXHAUSTION = _of_series(
     "exhaustion_seconds",
     "Time until the forecast at a quantile reaches the limit or uses up the quota; 0 once that has happened.",
@@ -299,5 +307,17 @@ RESTORED = _own(
 )
 WORKER_JOBS = _own("worker_jobs_total", Kind.COUNTER, "Fits done by worker processes, by result.", "result")
 WORKER_PENDING = _own("worker_jobs_pending", Kind.GAUGE, "Fits that wait or run.")
+WORKER_RESTARTS = _own(
+    "worker_restarts_total", Kind.COUNTER, "Worker processes that died and were started anew."
+)
+FITS = _own(
+    "fits_total",
+    Kind.COUNTER,
+    "Fits of a forecast by result: taken, nothing (there is nothing to fit), failed, or late (the workers were "
+    "too slow: taken later than by other replicas).",
+    "query",
+    "result",
+    absent=_NOT_YET,
+)
 CPU = _own("cpu_seconds_total", Kind.COUNTER, "CPU time of the sidecar without its workers.", unit="seconds")
 MEMORY = _own("resident_memory_bytes", Kind.GAUGE, "Memory of the sidecar that is resident.", unit="bytes")

@@ -10,6 +10,7 @@ from anomaly_sidecar.models import history as past
 from anomaly_sidecar.models import seasonal
 from anomaly_sidecar.models.history import History
 from anomaly_sidecar.models.level_ar import LevelAr
+from anomaly_sidecar.models.panel import Panel
 from anomaly_sidecar.workers import run_job
 from tests.anomaly_sidecar.scripted import Floats, day_course
 
@@ -51,7 +52,9 @@ def test_the_job_gives_plain_arrays_and_says_nothing_where_nothing_fits() -> Non
     job = "anomaly_sidecar.models.seasonal:job"
     done = run_job(job, State({"values": values}, {"first": 0, "period": PERIOD}))
     assert done.state is not None
-    assert {k: a.shape for k, a in done.state.arrays.items()} == {"pattern": (PERIOD,), "parameters": (3,)}
+    shapes = {name: array.shape for name, array in done.state.arrays.items()}
+    assert shapes == {"pattern": (PERIOD,), "parameters": (3,), "panel": (3,)}
+    assert done.state.meta == {"last": 5 * PERIOD - 1}
     empty = run_job(job, State({"values": values[:10]}, {"first": 0, "period": PERIOD}))
     assert empty.state == State()
 
@@ -128,3 +131,25 @@ def test_one_outage_does_not_stay_in_the_profile() -> None:
         history.push(index, np.full(1, 100.0))
     history.push(3 * PERIOD, np.full(1, 1e9))
     assert history.profile[0, 0] < 200
+
+
+def test_the_trend_goes_on_from_stl_and_strengths_tell_a_course_from_noise() -> None:
+    rng = np.random.default_rng(6)
+    growth = np.linspace(0, 1500, 9 * PERIOD)
+    values = load(rng, 9) + growth
+    found, noise = seasonal.fit(values[: 8 * PERIOD], 0, PERIOD), rng.normal(1000, 50, 8 * PERIOD)
+    assert found is not None
+    trend, of_trend, of_course = found.panel
+    assert trend == pytest.approx(1000 + growth[8 * PERIOD - 1], rel=0.04)
+    assert min(of_trend, of_course) > 0.9
+    of_noise = seasonal.fit(noise, 0, PERIOD)
+    assert of_noise is not None
+    assert of_noise.panel[2] < 0.6
+    history, panel = History.empty(2, STEP), Panel.empty(2)
+    for index in range(8 * PERIOD + 4):
+        history.push(index, np.repeat(values[index], 2))
+    panel.refit(0, found.panel, 8 * PERIOD - 1, found.pattern, history)
+    for index in range(8 * PERIOD + 4, 9 * PERIOD):
+        panel.push(index, np.repeat(values[index], 2), np.tile(found.pattern, (2, 1)), STEP)
+    assert panel.trend[0] == pytest.approx(1000 + growth[-1], rel=0.05)
+    assert np.isnan(panel.trend[1]), "not fitted"

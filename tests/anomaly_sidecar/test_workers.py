@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from anomaly_sidecar.detectors import KINDS
 from anomaly_sidecar.interface import JobResult, State
-from anomaly_sidecar.workers import InlineWorkers, WorkerPool
+from anomaly_sidecar.workers import FIRST_BACKOFF, MAX_TRIES, InlineWorkers, WorkerPool
 from tests.anomaly_sidecar.fake_server import FakeServer, running
 from tests.anomaly_sidecar.rig import ManualClock, fleet, sidecar_on
 
@@ -50,17 +51,53 @@ def test_what_is_no_job_is_refused(pool: WorkerPool, job: str) -> None:
     assert "is no job" in result(pool, "k").error
 
 
-def test_a_process_that_dies_is_told_and_the_next_job_gets_another(pool: WorkerPool) -> None:
-    assert pool.submit("first", WAIT, State(meta={"seconds": 100.0}))
-    deadline = time.monotonic() + 60
-    while not pool.processes() and time.monotonic() < deadline:
+def killed(pool: WorkerPool, before: int = 0, seconds: float = 60) -> int:
+    """Kill the pool's process, as soon as there is one other than `before`; gives its number."""
+    deadline = time.monotonic() + seconds
+    while not (found := [p for p in pool.processes() if p.pid != before and p.poll() is None]):
+        assert time.monotonic() < deadline, "no process"
         time.sleep(0.02)
-    (process,) = pool.processes()
-    process.kill()
+    found[0].kill()
+    return found[0].pid
+
+
+def test_a_process_that_dies_is_told_and_another_does_its_job(
+    pool: WorkerPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("gpuglass").propagate = True
+    assert pool.submit("first", WAIT, State(meta={"seconds": 0.5}))
+    killed(pool)
+    assert result(pool, "first").state is not None
+    assert (pool.jobs, pool.failed, pool.restarts) == (1, 0, 1)
+    assert any("first: the worker died" in record.message for record in caplog.records)
+
+
+def test_a_job_that_kills_its_process_again_and_again_ends_and_the_next_one_is_done(pool: WorkerPool) -> None:
+    assert pool.submit("first", WAIT, State(meta={"seconds": 100.0}))
+    before, started = 0, time.monotonic()
+    for _ in range(MAX_TRIES):
+        before = killed(pool, before)
     assert "died" in result(pool, "first").error
+    assert time.monotonic() - started >= FIRST_BACKOFF * (1 + 2), "later each time"
     assert pool.submit("second", ECHO, State(meta={"n": 2}))
     assert result(pool, "second").state is not None
-    assert (pool.jobs, pool.failed) == (2, 1)
+    assert (pool.jobs, pool.failed, pool.restarts) == (2, 1, MAX_TRIES)
+
+
+def test_a_result_is_waited_for_and_one_that_nobody_wants_is_not_kept(pool: WorkerPool) -> None:
+    assert pool.submit("first", WAIT, State(meta={"seconds": 0.2}))
+    found, waited = pool.wait("first", 60.0)
+    assert found is not None
+    assert found.state is not None
+    assert 0 < waited < 60
+    assert pool.wait("unknown", 0.05)[0] is None
+    assert pool.submit("second", WAIT, State(meta={"seconds": 0.2}))
+    pool.drop("second")
+    assert pool.submit("third", ECHO, State())
+    assert pool.wait("third", 60.0)[0] is not None
+    assert pool.take("second") is None
+    assert pool.pending == 0
+    assert pool.submit("second", ECHO, State()), "its name is free again"
 
 
 def test_a_job_that_takes_too_long_is_ended() -> None:
