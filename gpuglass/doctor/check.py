@@ -15,6 +15,7 @@ GROUPS: Mapping[str, str] = {
     "processes": "Processes and pods",
     "bpf": "BPF (only the CUDA tracer needs it)",
     "engines": "Engines",
+    "traces": "Traces",
     "monitoring": "Monitoring",
 }
 """Groups by the first word of a check's id, in the order in which they are shown; others follow."""
