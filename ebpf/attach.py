@@ -13,14 +13,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ebpf import elf, kernel
-from ebpf.layout import Layer
-from ebpf.symbols import Point, points
+from ebpf import elf, kernel, markers
+from ebpf.layout import SITE, SITES, Layer
+from ebpf.symbols import PYTORCH, STATIC, Point, points
 from gpuglass.logs import LOG
 
 LIBRARY_NAME: Mapping[Layer, re.Pattern[str]] = {
     Layer.DRIVER: re.compile(r"libcuda\.so(\.[0-9.]+)?\Z"),
     Layer.RUNTIME: re.compile(r"libcudart(-[0-9a-f]+)?\.so(\.[0-9.]+)?\Z"),
+    Layer.TENSORS: re.compile(r"libc10_cuda\.so\Z"),
 }
 PREFIXES: Mapping[Layer, bytes] = {Layer.DRIVER: b"cu", Layer.RUNTIME: b"cuda"}
 MAX_LIBRARIES = 64
@@ -86,6 +87,8 @@ class Attachment:
     """Functions that are probed."""
     probes: dict[str, list[int]] = field(default_factory=dict)
     """Descriptors by group."""
+    sites: tuple[int, ...] = ()
+    """Numbers of its static probes' places in the program's table."""
     seen: float = 0.0
     """When a process was last seen with it, on the monotonic clock."""
     standing: bool = False
@@ -96,9 +99,17 @@ class Attacher:
     """Puts probes on and takes them off. Used by one thread."""
 
     def __init__(
-        self, programs: Mapping[str, int], groups: frozenset[str], layers: frozenset[Layer], multi: bool
+        self,
+        programs: Mapping[str, int],
+        groups: frozenset[str],
+        layers: frozenset[Layer],
+        multi: bool,
+        sites: kernel.Map | None = None,
     ) -> None:
+        """`sites` is the program's table of static probes' places, for `Layer.TENSORS`."""
         self._programs = programs
+        self._sites = sites
+        self._free_sites = list(range(SITES))
         self._groups = groups
         self.layers = layers
         self._multi = multi
@@ -141,12 +152,19 @@ class Attacher:
         if len(self) >= MAX_LIBRARIES:
             LOG.warning("%s is not traced: %d libraries are, which is the most", shown, MAX_LIBRARIES)
             return None
+        unknown: list[str] = []
+        sites: tuple[int, ...] = ()
         try:
-            library = elf.read(fd, (PREFIXES[layer],))
-            wanted, unknown = points(library.functions, layer, self._groups)
-            if not wanted:
-                raise elf.ElfError("exports none of the functions that are traced")
-            probes = self._open(fd, wanted)
+            if layer is Layer.TENSORS:
+                probes, sites = self._open_static(fd)
+                number = len(sites)
+            else:
+                library = elf.read(fd, (PREFIXES[layer],))
+                wanted, unknown = points(library.functions, layer, self._groups)
+                if not wanted:
+                    raise elf.ElfError("exports none of the functions that are traced")
+                probes = self._open(fd, wanted)
+                number = len(wanted)
         except (elf.ElfError, OSError) as error:
             LOG.warning("%s is not traced: %s", shown, error)
             if len(self.refused) < 1024:
@@ -154,7 +172,7 @@ class Attacher:
             return None
         attachment = Attachment(
             *(name, device, layer, shown, time.monotonic_ns(), time.clock_gettime(time.CLOCK_BOOTTIME)),
-            *(tuple(unknown), len(wanted), probes, time.monotonic(), standing),
+            *(tuple(unknown), number, probes, sites, time.monotonic(), standing),
         )
         self.attached.setdefault(name, []).append(attachment)
         LOG.info("tracing %s: %d functions", shown, attachment.functions)
@@ -182,9 +200,52 @@ class Attacher:
             raise
         return probes
 
+    def _open_static(self, fd: int) -> tuple[dict[str, list[int]], tuple[int, ...]]:
+        """Probe what PyTorch's allocator tells by itself; descriptors and the places' numbers."""
+        assert self._sites is not None and self._multi, "asked for where static probes cannot be had"
+        found = [
+            (marker, STATIC[marker.name]) for marker in markers.read(fd, PYTORCH) if marker.name in STATIC
+        ]
+        if {marker.name for marker, _ in found} != STATIC.keys():
+            raise elf.ElfError("has no static probes for PyTorch's allocations (they came with 2.2)")
+        if len(found) > len(self._free_sites):
+            raise elf.ElfError(f"there are {SITES} static probes, which is the most")
+        packed = [
+            SITE.pack(*_site(marker.arguments, static.address), *_site(marker.arguments, static.size))
+            for marker, static in found
+        ]
+        numbers = tuple(self._free_sites.pop() for _ in found)
+        opened: list[int] = []
+        try:
+            for number, raw in zip(numbers, packed, strict=True):
+                self._sites.set(number.to_bytes(4, "little"), raw)
+            # Frees first: an allocation whose free is not seen would live for ever.
+            for name in ("free", "malloc"):
+                of_name = [
+                    (marker, number)
+                    for (marker, _), number in zip(found, numbers, strict=True)
+                    if marker.name == name
+                ]
+                opened.append(
+                    kernel.attach_uprobes(
+                        self._programs[STATIC[name].program],
+                        f"/proc/self/fd/{fd}",
+                        [marker.offset for marker, _ in of_name],
+                        False,
+                        [marker.semaphore for marker, _ in of_name],
+                        [number for _, number in of_name],
+                    )
+                )
+        except OSError:
+            close_probes({"": opened})
+            self._free_sites += numbers
+            raise
+        return {"tensors": opened}, numbers
+
     def detach(self, attachment: Attachment) -> None:
         """Take a library's probes off."""
         close_probes(attachment.probes)
+        self._free_sites += attachment.sites
         several = self.attached[attachment.file]
         several.remove(attachment)
         if not several:
@@ -202,6 +263,16 @@ class Attacher:
         """Take all probes off."""
         for attachment in self.all():
             self.detach(attachment)
+
+
+def _site(arguments: tuple[str, ...], index: int | None) -> tuple[int, int, int, int]:
+    """An argument as the program wants it; that of no argument is the constant 0."""
+    if index is None:
+        return 0, 0, markers.Place.CONSTANT, 0
+    if index >= len(arguments):
+        raise elf.ElfError("a static probe has fewer arguments than PyTorch gives")
+    found = markers.argument(arguments[index])
+    return found.offset, found.register, found.place, 64 - 8 * found.size
 
 
 def _by_program(wanted: list[Point], at_return: bool) -> dict[tuple[str, str], list[int]]:

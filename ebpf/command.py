@@ -31,6 +31,9 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument("--object", metavar="FILE", help="the prebuilt object; overrides tracer.object")
     parser.add_argument("--runtime", action="store_true", help="trace libcudart, too, as a ledger of its own")
     parser.add_argument(
+        "--tensors", action="store_true", help="trace PyTorch's allocator, too: live tensors (Linux 6.6)"
+    )
+    parser.add_argument(
         "--launches", choices=("off", "graphs", "all"), help="count launches; about a microsecond each"
     )
     parser.add_argument(
@@ -53,8 +56,9 @@ def _run(arguments: Namespace) -> int:
     for name in _OVERRIDES:
         if value := getattr(arguments, name):
             os.environ[f"GPUGLASS_TRACER_{name.upper()}"] = value
-    if arguments.runtime:
-        os.environ["GPUGLASS_TRACER_RUNTIME"] = "true"
+    for name in ("runtime", "tensors"):
+        if getattr(arguments, name):
+            os.environ[f"GPUGLASS_TRACER_{name.upper()}"] = "true"
     from gpuglass.config import load
     from gpuglass.errors import ConfigError
     from gpuglass.logs import LOG, configure

@@ -44,7 +44,7 @@ _ENVIRON_LIMIT = 1 << 18
 _PER_ROUND = 200
 """Processes whose maps are read in one round."""
 _MAX_KNOWN = 65536
-_LINE = re.compile(rb"([0-9a-f]+-[0-9a-f]+) ..x. \S+ \S+ ([0-9]+) +(/.*/(libcuda[^/\n]*))")
+_LINE = re.compile(rb"([0-9a-f]+-[0-9a-f]+) ..x. \S+ \S+ ([0-9]+) +(/.*/(lib(?:cuda|c10_cuda)[^/\n]*))")
 
 
 class Discovery:

@@ -1,5 +1,5 @@
 """What the tracer reads of a shared library: machine, exported functions with their offsets in the file,
-build id.
+build id, notes on static probes.
 
 The file may be anything that a container brings: every read is bounded, and nothing is mapped into memory,
 since a file that shrinks meanwhile would end the process. What is no library for this machine is an
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -21,7 +21,7 @@ _SEGMENT = struct.Struct("<IIQQQQQQ")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 _LOAD, _NOTE = 1, 4
-_DYNSYM = 11
+_DYNSYM, _NOTES = 11, 7
 _FUNCTION = 2
 _MAX_TABLES = 4096
 _MAX_SYMBOLS = 400_000
@@ -43,12 +43,65 @@ class Library:
     build_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Where things are in a file."""
+
+    loads: list[tuple[int, int, int]]
+    """Address, offset in the file, and size of what is loaded."""
+    notes: list[tuple[int, int]]
+    """Offset and size of the segments with notes."""
+    sections: list[tuple[int, ...]]
+    names: int
+    """The section with the sections' names."""
+
+    def file_offset(self, address: int) -> int | None:
+        """Where an address is in the file; None if it is not."""
+        for start, offset, in_file in self.loads:
+            if start <= address < start + in_file:
+                return address - start + offset
+        return None
+
+
 def read(fd: int, prefixes: tuple[bytes, ...], machine: str = platform.machine()) -> Library:
     """Exports that begin with one of `prefixes`; raises `ElfError`."""
+    tables = _tables(fd, machine)
+    functions: dict[str, int] = {}
+    for name, address in _exported(fd, tables.sections, prefixes):
+        offset = tables.file_offset(address)
+        if offset is not None:
+            functions[name] = offset
+    return Library(functions, _build_id(fd, tables.notes))
+
+
+def static_probes(
+    fd: int, owner: bytes, kind: int, machine: str = platform.machine()
+) -> tuple[list[tuple[int, bytes]], Callable[[int], int | None]]:
+    """Notes of an owner and kind, each with the address of the section `.stapsdt.base` (0: there is none),
+    and where addresses are in the file; raises `ElfError`."""
+    tables = _tables(fd, machine)
+    if tables.names >= len(tables.sections):
+        return [], tables.file_offset
+    _, _, _, _, at, size, *_ = tables.sections[tables.names]
+    names = _exactly(fd, at, min(size, _MAX_NOTES))
+    base = 0
+    found = []
+    for name, of_kind, _, address, offset, size, *_ in tables.sections:
+        if names[name : name + 15] == b".stapsdt.base\0":
+            base = address
+        if of_kind == _NOTES and size <= _MAX_NOTES:
+            found += [
+                content
+                for of, note, content in _each_note(_exactly(fd, offset, size))
+                if (of, note) == (owner, kind)
+            ]
+    return [(base, content) for content in found], tables.file_offset
+
+
+def _tables(fd: int, machine: str) -> _Tables:
     header = _exactly(fd, 0, _HEADER.size)
-    ident, _, of_machine, _, _, at_segments, at_sections, _, _, size, segments, section_size, sections, _ = (
-        _HEADER.unpack(header)
-    )
+    ident, _, of_machine, _, _, at_segments, at_sections, *rest = _HEADER.unpack(header)
+    _, _, size, segments, section_size, sections, names = rest
     if ident[:6] != b"\x7fELF\x02\x01":
         raise ElfError("not a 64-bit little-endian ELF file")
     if of_machine != MACHINES.get(machine):
@@ -65,13 +118,7 @@ def read(fd: int, prefixes: tuple[bytes, ...], machine: str = platform.machine()
     if sections and section_size != _SECTION.size:
         raise ElfError("its sections are not as they should be")
     table = list(_SECTION.iter_unpack(_exactly(fd, at_sections, section_size * sections)))
-    functions: dict[str, int] = {}
-    for name, address in _exported(fd, table, prefixes):
-        for start, offset, in_file in loads:
-            if start <= address < start + in_file:
-                functions[name] = address - start + offset
-                break
-    return Library(functions, _build_id(fd, notes))
+    return _Tables(loads, notes, table, names)
 
 
 def _exactly(fd: int, offset: int, size: int) -> bytes:
@@ -107,11 +154,17 @@ def _build_id(fd: int, notes: list[tuple[int, int]]) -> str:
             data = _exactly(fd, offset, min(size, _MAX_NOTES))
         except ElfError:
             continue
-        at = 0
-        while at + 12 <= len(data):
-            of_name, of_content, kind = struct.unpack_from("<III", data, at)
-            content = at + 12 + (of_name + 3 & ~3)
-            if kind == _BUILD_ID and data[at + 12 : at + 16] == b"GNU\0" and of_content <= 64:
-                return data[content : content + of_content].hex()
-            at = content + (of_content + 3 & ~3)
+        for owner, kind, content in _each_note(data):
+            if (owner, kind) == (b"GNU", _BUILD_ID) and len(content) <= 64:
+                return content.hex()
     return ""
+
+
+def _each_note(data: bytes) -> Iterator[tuple[bytes, int, bytes]]:
+    """Owner, type and content of each note."""
+    at = 0
+    while at + 12 <= len(data):
+        of_name, of_content, kind = struct.unpack_from("<III", data, at)
+        content = at + 12 + (of_name + 3 & ~3)
+        yield data[at + 12 : at + 12 + of_name].rstrip(b"\0"), kind, data[content : content + of_content]
+        at = content + (of_content + 3 & ~3)

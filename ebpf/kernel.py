@@ -168,15 +168,27 @@ def has_uprobe_multi(version: tuple[int, int]) -> bool:
     return version >= _MULTI_SINCE
 
 
-def attach_uprobes(program_fd: int, path: str, offsets: Sequence[int], at_return: bool) -> int:
-    """Run a program, loaded for `UPROBE_MULTI`, at a file's offsets; the descriptor's close ends it."""
+def attach_uprobes(
+    program_fd: int,
+    path: str,
+    offsets: Sequence[int],
+    at_return: bool,
+    counters: Sequence[int] = (),
+    cookies: Sequence[int] = (),
+) -> int:
+    """Run a program, loaded for `UPROBE_MULTI`, at a file's offsets; the descriptor's close ends it.
+
+    `counters` are offsets of the static probes' counters of listeners, which the kernel keeps; `cookies` are
+    what the program is told of each place."""
     of_path = ctypes.create_string_buffer(os.fsencode(path))
-    of_offsets = (ctypes.c_uint64 * len(offsets))(*offsets)
+    of_offsets, of_counters, of_cookies = (
+        (ctypes.c_uint64 * len(values))(*values) for values in (offsets, counters, cookies)
+    )
     where = (
         ctypes.addressof(of_path),
         ctypes.addressof(of_offsets),
-        0,
-        0,
+        ctypes.addressof(of_counters) if counters else 0,
+        ctypes.addressof(of_cookies) if cookies else 0,
         len(offsets),
         int(at_return),
         0,

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 
 class Layer(IntEnum):
-    """Which library's calls a ledger holds. The two are never added: one allocation passes through both."""
+    """Whose allocations a ledger holds. Ledgers are never added: one allocation passes through several."""
 
     DRIVER = 0
     RUNTIME = 1
+    TENSORS = 2
+    """What PyTorch's caching allocator has given out."""
 
 
 class Kind(IntEnum):
@@ -74,7 +76,7 @@ LATENCY_SLOTS = 34
 OF_RUNTIME = 1 << 63
 OF_OBJECT = 1 << 62
 OF_MAPPING = 1 << 61
-ADDRESS = OF_MAPPING - 1
+OF_TENSOR = 1 << 60
 
 STACK_DEPTH = 31
 """Frames kept of a stack."""
@@ -91,6 +93,9 @@ CONTEXT_KEY = struct.Struct("=QQ")
 CONTEXT = struct.Struct("=QiI")
 THREAD = struct.Struct(f"=12Q192x3Q{8 + 8 * STACK_DEPTH}x")
 EVENT = struct.Struct("=5QIIiIBBBBhxx")
+SITE = struct.Struct("=qHBB4xqHBB4x")
+SITES = 512
+"""Places of static probes in all libraries."""
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 STACK = struct.Struct(f"=Q{STACK_DEPTH}Q")
@@ -200,5 +205,6 @@ def map_specs(live_entries: int, ring_bytes: int) -> dict[str, MapSpec]:
         "destroyed": MapSpec(HASH, 8, 8, 8192, sparse=True),
         "losses": MapSpec(PERCPU_ARRAY, 4, 8, len(LOSSES)),
         "stacks": MapSpec(HASH, 4, STACK.size, 8192, sparse=True),
+        "sites": MapSpec(ARRAY, 4, SITE.size, SITES),
         "events": MapSpec(RINGBUF, 0, 0, ring_bytes),
     }

@@ -217,7 +217,7 @@ class Ledger:
             for (id, address), raw in zip(
                 layout.LIVE_KEY.iter_unpack(keys), layout.LIVE.iter_unpack(data), strict=True
             ):
-                if address & (layout.OF_RUNTIME | layout.OF_MAPPING):
+                if address & (layout.OF_RUNTIME | layout.OF_MAPPING | layout.OF_TENSOR):
                     continue
                 live = Live(*raw)
                 if not address & layout.OF_OBJECT and (

@@ -22,6 +22,8 @@ from gpuglass.self_metrics import resident_bytes
 
 _Labels = tuple[str, ...]
 _Add = Callable[..., None]
+LIBRARIES = {Layer.DRIVER: "libcuda", Layer.RUNTIME: "libcudart", Layer.TENSORS: "libc10_cuda"}
+"""Label of a layer's library."""
 _OTHER: _Labels = ("", "", "", "other", "")
 
 
@@ -103,6 +105,12 @@ class Publisher:
     @staticmethod
     def _of_ledger(traced: Traced, labels: _Labels, add: _Add, merged: dict[_Labels, Sums]) -> None:
         for (layer, kind), sums in traced.process.sums.items():
+            if layer is Layer.TENSORS:
+                if traced.tensors_known:
+                    add(families.TENSOR_LIVE, sums.live_bytes, *labels)
+                    add(families.TENSOR_LIVE_COUNT, sums.live_count, *labels)
+                add(families.TENSOR_ALLOCATED, sums.allocated_bytes, *labels)
+                continue
             of_kind = (*labels, kind.name.lower())
             driver = layer is Layer.DRIVER
             if kind is not Kind.UNKNOWN:
@@ -157,7 +165,7 @@ def _buckets(slots: list[int], bounds: range, count: int) -> list[int]:
 def _of_itself(batch: Batch, own: Self, processes: int) -> None:
     batch.add(families.INFO, 1, gpuglass.__version__, own.loader, os.uname().release, platform.machine())
     batch.add(families.STATE, 1, own.state)
-    for layer, library in ((Layer.DRIVER, "libcuda"), (Layer.RUNTIME, "libcudart")):
+    for layer, library in LIBRARIES.items():
         batch.add(families.LIBRARIES, own.libraries.get(layer, 0), library)
     batch.add(families.PROBES, own.probes)
     batch.add(families.UNKNOWN_SYMBOLS, own.unknown_functions)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ebpf.layout import Event, EventType, Kind, Layer
+from ebpf.ledger import Process, Sums
 from ebpf.results import function_name
 from ebpf.stacks import stack_id
 from ebpf.view import Traced
@@ -121,35 +122,16 @@ class Sender:
 def _state(at: int, traced: Traced, owners: list[records.CudaOwner]) -> records.CudaProcess:
     process = traced.process
     known = traced.reconciled if len(traced.reconciled) == 1 else []
-    memory = []
-    for kind in _KINDS:
-        sums = process.sums.get((Layer.DRIVER, kind))
-        failures = {
-            code: count
-            for (layer, of_kind, code), count in process.failures.items()
-            if layer is Layer.DRIVER and of_kind is kind
-        }
-        if sums is None and not failures:
-            continue
-        memory.append(
-            records.CudaMemory(
-                kind=kind.name.lower(),
-                live_bytes=max(sums.live_bytes, 0) if sums else 0,
-                live_allocations=max(sums.live_count, 0) if sums else 0,
-                allocated_bytes=sums.allocated_bytes if sums else 0,
-                freed_bytes=sums.freed_bytes + sums.context_bytes + sums.exit_bytes if sums else 0,
-                allocations=sums.allocations if sums else 0,
-                frees=sums.frees + sums.context_frees + sums.exit_frees if sums else 0,
-                failures=failures,
-            )
-        )
+    memory = [_memory(process, Layer.DRIVER, kind, kind.name.lower()) for kind in _KINDS]
+    if traced.tensors_known:
+        memory.append(_memory(process, Layer.TENSORS, Kind.DEVICE, "tensor"))
     return records.CudaProcess(
         at=at,
         pid=process.pid,
         start_ticks=traced.start_ticks,
         name=traced.name,
         gpu_uuid=known[0].gpu_uuid if known else "",
-        memory=memory,
+        memory=[one for one in memory if one is not None],
         stacks=owners,
         tracking_since_ns=traced.since_ns,
         untracked_bytes=max(known[0].untracked, 0) if known else -1,
@@ -157,4 +139,28 @@ def _state(at: int, traced: Traced, owners: list[records.CudaOwner]) -> records.
         epoch=traced.epoch,
         drifted=not traced.exact,
         ended=traced.ended_at is not None,
+    )
+
+
+def _memory(process: Process, layer: Layer, kind: Kind, name: str) -> records.CudaMemory | None:
+    """One kind of memory of a ledger, called `name`; None if nothing was done with it."""
+    failures = {
+        code: count
+        for (of_layer, of_kind, code), count in process.failures.items()
+        if of_layer is layer and of_kind is kind
+    }
+    sums = process.sums.get((layer, kind))
+    if sums is None:
+        if not failures:
+            return None
+        sums = Sums()
+    return records.CudaMemory(
+        kind=name,
+        live_bytes=max(sums.live_bytes, 0),
+        live_allocations=max(sums.live_count, 0),
+        allocated_bytes=sums.allocated_bytes,
+        freed_bytes=sums.freed_bytes + sums.context_bytes + sums.exit_bytes,
+        allocations=sums.allocations,
+        frees=sums.frees + sums.context_frees + sums.exit_frees,
+        failures=failures,
     )

@@ -99,6 +99,24 @@ RUNTIME: Mapping[str, Function] = {
 
 FUNCTIONS: Mapping[Layer, Mapping[str, Function]] = {Layer.DRIVER: DRIVER, Layer.RUNTIME: RUNTIME}
 
+
+@dataclass(frozen=True, slots=True)
+class StaticProbe:
+    """A static probe, the program for it, and which of its arguments are the address and the size."""
+
+    program: str
+    address: int
+    size: int | None
+
+
+PYTORCH = "pytorch"
+"""Who provides them."""
+STATIC: Mapping[str, StaticProbe] = {
+    "malloc": StaticProbe("tensor_allocated", 0, 2),
+    "free": StaticProbe("tensor_freed", 0, None),
+}
+"""By name. PyTorch's allocator has them since 2.2."""
+
 ALWAYS = frozenset({"thread_exit", "program_exec", "empty"})
 """Programs that are needed whatever is probed."""
 
@@ -119,7 +137,9 @@ def programs(groups: frozenset[str], layers: Iterable[Layer]) -> frozenset[str]:
     """Names of the programs that the groups need."""
     wanted = set(ALWAYS)
     for layer in layers:
-        for function in FUNCTIONS[layer].values():
+        if layer is Layer.TENSORS:
+            wanted |= {static.program for static in STATIC.values()}
+        for function in FUNCTIONS.get(layer, {}).values():
             if function.group in groups:
                 for probe in function.versions.values():
                     wanted |= {name for name in (probe.entry, probe.leave) if name}

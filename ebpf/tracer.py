@@ -75,6 +75,18 @@ def groups_of(config: Config) -> frozenset[str]:
     return frozenset(wanted)
 
 
+def layers_of(config: Config, multi: bool) -> frozenset[Layer]:
+    """Ledgers that the configuration asks for, as far as the kernel can have them."""
+    wanted = {Layer.DRIVER}
+    if config.tracer.runtime:
+        wanted.add(Layer.RUNTIME)
+    if config.tracer.tensors and multi:
+        wanted.add(Layer.TENSORS)
+    elif config.tracer.tensors:
+        LOG.warning("tracer.tensors needs Linux 6.6 or newer: PyTorch's tensors are not traced")
+    return frozenset(wanted)
+
+
 class Tracer:
     """Made (which loads the program and may raise `LoaderError`), run, stopped."""
 
@@ -82,11 +94,11 @@ class Tracer:
         self._config = config.tracer
         self._publish = publish
         self._proc = ProcFs(config.proc)
-        layers = frozenset(Layer) if config.tracer.runtime else frozenset({Layer.DRIVER})
         groups = groups_of(config)
         object_file = Path(config.tracer.object) if config.tracer.object else default_object()
         version = gate.kernel_version(os.uname().release)
         multi = kernel.has_uprobe_multi(version)
+        layers = layers_of(config, multi)
         self.maps = Maps(map_specs(config.tracer.live_entries, RING_BYTES), version)
         failures, large, starts = PER_SECOND
         rates = (failures, large, config.tracer.samples_per_second, starts)
@@ -102,7 +114,7 @@ class Tracer:
             for name, tracepoint in RAW_TRACEPOINTS.items()
         ]
         self.pair = measure_pair(self._loaded.programs["empty"], multi)
-        self.attacher = Attacher(self._loaded.programs, groups, layers, multi)
+        self.attacher = Attacher(self._loaded.programs, groups, layers, multi, self.maps["sites"])
         self.discovery = Discovery(self.attacher, self._proc)
         self.ledger = Ledger(self.maps)
         self._events: deque[Event] = deque(maxlen=8192)
@@ -242,7 +254,8 @@ class Tracer:
         if resolved is not None:
             traced.name, traced.start_ticks = resolved[0].name, resolved[0].start_time
             traced.workload = resolved[1]
-        traced.since_ns = self._complete_since(process.pid, traced.start_ticks, process.record)
+        traced.started_ns = _started_ns(traced.start_ticks)
+        traced.since_ns = self._complete_since(process.pid, traced.started_ns, process.record)
         self.traced[id] = traced
         if process.pid not in self._pidfds:
             with suppress(OSError):  # gone already: seen when accounts are settled
@@ -264,16 +277,27 @@ class Tracer:
         if traced.wanted is False:
             self.ledger.ignore(traced.process.pid)
 
-    def _complete_since(self, pid: int, start_ticks: int, record: Record) -> int:
+    def _complete_since(self, pid: int, started_ns: int, record: Record) -> int:
         """A process that began after its library was probed is known from its beginning."""
         libraries = self.discovery.libraries.get(pid) or self.discovery.look(pid, time.monotonic())
         libraries = libraries or self.attacher.all()
         drivers = [one for one in libraries if one.layer is Layer.DRIVER]
-        if not drivers or not start_ticks:
+        if not drivers or not started_ns:
             return record.first_ns
-        latest = max(drivers, key=lambda one: one.attached_ns)
-        offset = time.monotonic_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        return max(latest.attached_ns, start_ticks * 1_000_000_000 // _TICKS + offset)
+        return max(started_ns, *(one.attached_ns for one in drivers))
+
+    def _knows_tensors(self, traced: Traced) -> bool:
+        """Whether all live tensors of a process are in the ledger: its PyTorch was probed before the process
+        began, or, in a process whose driver's calls are all known, before the first of these."""
+        allocators = [
+            one.attached_ns
+            for one in self.discovery.libraries.get(traced.process.pid, [])
+            if one.layer is Layer.TENSORS
+        ]
+        if not allocators or not traced.started_ns:
+            return False
+        is_whole = traced.since_ns == traced.started_ns
+        return max(allocators) <= (traced.process.record.first_ns if is_whole else traced.started_ns)
 
     def _settle(self, found: dict[int, Process], current: dict[int, int], now: float) -> None:
         """What has ended: replaced by exec, or its process is gone."""
@@ -336,6 +360,7 @@ class Tracer:
             if traced.ended_at is not None:
                 continue
             traced.holdings = holdings.get(id, {})
+            traced.tensors_known = traced.tensors_known or self._knows_tensors(traced)
             if id in before and id in after:
                 self._check_drift(traced, drifts(before[id], after[id], traced.holdings))
             lost = traced.process.record.lost
@@ -456,6 +481,14 @@ class Tracer:
         )
         offset = time.time_ns() - time.monotonic_ns()
         return self._publisher.batch([one for one in self.traced.values() if one.wanted], offset, own)
+
+
+def _started_ns(start_ticks: int) -> int:
+    """CLOCK_MONOTONIC of a process's start; 0: unknown."""
+    if not start_ticks:
+        return 0
+    offset = time.monotonic_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    return start_ticks * 1_000_000_000 // _TICKS + offset
 
 
 def stop_on_signals(stop: Callable[..., None]) -> None:

@@ -22,6 +22,10 @@ class Traced:
     name: str
     start_ticks: int
     workload: Workload = field(default_factory=Workload)
+    started_ns: int = 0
+    """CLOCK_MONOTONIC of the process's start; 0: unknown."""
+    tensors_known: bool = False
+    """All its live tensors are in the ledger."""
     since_ns: int = 0
     """CLOCK_MONOTONIC from which on its ledger is complete."""
     reconciled: list[Reconciled] = field(default_factory=list)

@@ -2,7 +2,7 @@
  * loader refuses a program whose sizes differ from it. Times are CLOCK_MONOTONIC nanoseconds. */
 #pragma once
 
-enum layer { DRIVER = 0, RUNTIME = 1 };
+enum layer { DRIVER = 0, RUNTIME = 1, TENSORS = 2 /* PyTorch's caching allocator */ };
 
 enum kind {
   DEVICE = 0,  /* memory of a GPU */
@@ -62,6 +62,7 @@ enum loss {
 #define OF_RUNTIME (1ULL << 63)
 #define OF_OBJECT (1ULL << 62)  /* the address is a handle of cuMemCreate */
 #define OF_MAPPING (1ULL << 61) /* the address is one that cuMemMap mapped */
+#define OF_TENSOR (1ULL << 60)  /* what PyTorch's allocator gave out: a part of memory that another entry holds */
 #define OF_PRIMARY (1ULL << 63) /* a context's handle: the number of a device whose primary context it is */
 
 struct settings {
@@ -139,6 +140,24 @@ struct thread {
   __u64 ip, frame;              /* of the caller, when a call returns */
   __u64 known_stack;            /* the last that is in the table for certain */
   struct stack stack;           /* room to gather one */
+};
+
+/* Where a static probe's argument is, as the library's note says. */
+enum place { IN_REGISTER = 0, IN_MEMORY = 1 /* at the register's address and `offset` */, IS_CONSTANT = 2 };
+
+struct argument {
+  __s64 offset;
+  __u16 of_register; /* bytes from the beginning of the registers */
+  __u8 place;
+  __u8 unused_bits; /* of 64: those above the argument's size */
+  __u32 pad;
+};
+
+#define SITES 512
+
+/* sites: what the probe's cookie says -> */
+struct site {
+  struct argument address, size;
 };
 
 /* live: */

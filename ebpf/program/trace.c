@@ -30,6 +30,7 @@ DECLARE_MAP(contexts, BPF_MAP_TYPE_HASH, struct context_key, struct context)
 DECLARE_MAP(destroyed, BPF_MAP_TYPE_HASH, __u64, __u64)
 DECLARE_MAP(losses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64)
 DECLARE_MAP(stacks, BPF_MAP_TYPE_HASH, __u32, struct stack)
+DECLARE_MAP(sites, BPF_MAP_TYPE_ARRAY, __u32, struct site)
 DECLARE_MAP(events, BPF_MAP_TYPE_RINGBUF, __u32, __u32)
 
 #define ADD(field, amount) __sync_fetch_and_add(&(field), (amount))
@@ -165,6 +166,22 @@ INLINE void book_free(__u64 id, struct live *live, __u8 layer, __u64 ns) {
   ADD(totals->freed_bytes, live->size);
   ADD(totals->frees, 1);
   ADD(totals->free_ns, ns);
+}
+
+/* `full`: its entry could not be kept. */
+INLINE struct totals *book_allocation(__u64 id, struct live *live, __u8 layer, long full) {
+  struct totals *totals = totals_of_live(id, live, layer);
+  if (!totals)
+    return 0;
+  ADD(totals->allocated_bytes, live->size);
+  ADD(totals->allocations, 1);
+  if (full) {
+    count_loss_of(id, LOST_LIVE);
+  } else {
+    ADD(totals->live_bytes, live->size);
+    ADD(totals->live_count, 1);
+  }
+  return totals;
 }
 
 INLINE void book_unknown_free(__u64 id, __u8 layer, __u64 ns) {
@@ -471,12 +488,10 @@ INLINE void allocated(struct thread *thread, struct call *call, __u8 layer, __u6
       full = STORE(live, &key, &fresh);
     }
   }
-  struct totals *totals = totals_of_live(call->id, &fresh, layer);
+  __u64 ns = now - call->start_ns;
+  struct totals *totals = book_allocation(call->id, &fresh, layer, full);
   if (!totals)
     return;
-  __u64 ns = now - call->start_ns;
-  ADD(totals->allocated_bytes, fresh.size);
-  ADD(totals->allocations, 1);
   ADD(totals->allocate_ns, ns);
   __u32 slot = log2_slot((fresh.size - 1) << 1 | 1, SIZE_SLOTS);
   if (slot < SIZE_SLOTS)
@@ -484,12 +499,6 @@ INLINE void allocated(struct thread *thread, struct call *call, __u8 layer, __u6
   slot = log2_slot((ns - 1) << 1 | 1, LATENCY_SLOTS);
   if (slot < LATENCY_SLOTS)
     ADD(totals->latencies[slot], 1);
-  if (full) {
-    count_loss_of(call->id, LOST_LIVE);
-  } else {
-    ADD(totals->live_bytes, fresh.size);
-    ADD(totals->live_count, 1);
-  }
 
   if (call->op == OP_MAP)
     return;
@@ -929,6 +938,54 @@ PROBE(runtime_free) { return enter_address(ctx, STACK_POINTER(ctx), RUNTIME, OP_
 PROBE(runtime_reset) {
   return enter_address(ctx, STACK_POINTER(ctx), RUNTIME, OP_RUNTIME_RESET, UNKNOWN, 0, 0, 0);
 }
+
+/* PyTorch's static probes: malloc(address, device, size, stream) once it has given memory out, free(address) before it
+ * takes it back. */
+
+INLINE __u64 argument_of(void *ctx, struct argument *from) {
+  __u64 value = 0;
+  if (from->place == IS_CONSTANT)
+    return from->offset;
+  if (bpf_probe_read_kernel(&value, sizeof(value), ctx + from->of_register))
+    return 0;
+  if (from->place == IN_MEMORY && bpf_probe_read_user(&value, sizeof(value), (void *)(value + from->offset)))
+    return 0;
+  return value << (from->unused_bits & 63) >> (from->unused_bits & 63);
+}
+
+INLINE int tensor(void *ctx, int is_freed) {
+  __u64 now = bpf_ktime_get_ns();
+  __u32 number = bpf_get_attach_cookie(ctx);
+  struct site *site = LOOKUP(sites, &number);
+  struct thread *thread = this_thread(bpf_get_current_pid_tgid());
+  if (!site || !thread)
+    return 0;
+  thread->calls += 1;
+  struct live_key key = {};
+  key.id = thread->id;
+  key.address = argument_of(ctx, &site->address);
+  if (!key.address)
+    return booked(thread, now);
+  key.address |= OF_TENSOR;
+  struct live *old = LOOKUP(live, &key);
+  if (old) { /* freed now, or given anew, so that its end was not seen */
+    struct live gone = *old;
+    REMOVE(live, &key);
+    book_free(key.id, &gone, TENSORS, 0);
+  }
+  struct live fresh = {};
+  fresh.size = is_freed ? 0 : argument_of(ctx, &site->size);
+  if (fresh.size) {
+    fresh.time_ns = now;
+    fresh.kind = DEVICE;
+    fresh.device = -1;
+    fresh.stack = -1;
+    book_allocation(key.id, &fresh, TENSORS, STORE_NEW(live, &key, &fresh));
+  }
+  return booked(thread, now);
+}
+PROBE(tensor_allocated) { return tensor(ctx, 0); }
+PROBE(tensor_freed) { return tensor(ctx, 1); }
 
 /* What the cost of a pair of probes is measured with, and nothing else: see `ebpf/cost.py`. */
 PROBE(empty) { return 0; }

@@ -191,6 +191,31 @@ RUNTIME_FAILURES = _of_process(
     absent="The runtime is not traced (--runtime), or the process made no call to it.",
 )
 
+# PyTorch's allocator
+
+TENSOR_LIVE = _of_process(
+    "cuda_tensor_bytes",
+    Kind.GAUGE,
+    "bytes",
+    "What PyTorch's caching allocator has given out and not got back: live tensors, inside of memory that "
+    "gpuglass_cuda_live_bytes holds.",
+    absent="Tensors are not traced (--tensors), or PyTorch was in use before it was probed.",
+)
+TENSOR_LIVE_COUNT = _of_process(
+    "cuda_tensors",
+    Kind.GAUGE,
+    "",
+    "Pieces of memory in gpuglass_cuda_tensor_bytes.",
+    absent="Tensors are not traced (--tensors), or PyTorch was in use before it was probed.",
+)
+TENSOR_ALLOCATED = _of_process(
+    "cuda_tensor_allocated_bytes_total",
+    Kind.COUNTER,
+    "bytes",
+    "What PyTorch's caching allocator has given out, as it was asked for.",
+    absent="Tensors are not traced (--tensors), or the process has made none.",
+)
+
 # The tracer
 
 INFO = Family(

@@ -16,14 +16,14 @@ state = {}
 
 
 def load(path):
-    """Load a library as cuda or, by its name, as cudart."""
+    """Load a library as cuda or, by its name, as cudart or PyTorch's allocator."""
     library = ctypes.CDLL(path)
-    state["rt" if "cudart" in path else "cu"] = library
+    state["rt" if "cudart" in path else "c10" if "c10" in path else "cu"] = library
     return 0
 
 
 def _library(name):
-    return state["rt" if name.startswith("cuda") else "cu"]
+    return state["rt" if name.startswith("cuda") else "c10" if name.startswith("tensor") else "cu"]
 
 
 def call(name, *arguments):
@@ -34,6 +34,13 @@ def call(name, *arguments):
 def out(name, *arguments):
     """A function whose first argument takes a result: [code, result]."""
     result = U64(0)
+    code = getattr(_library(name), name)(ctypes.byref(result), *(U64(a) for a in arguments))
+    return [code, result.value]
+
+
+def again(name, address, *arguments):
+    """Like `out`, where the result's place holds something: [code, result]."""
+    result = U64(address)
     code = getattr(_library(name), name)(ctypes.byref(result), *(U64(a) for a in arguments))
     return [code, result.value]
 

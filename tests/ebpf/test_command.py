@@ -27,7 +27,7 @@ from gpuglass.demo.scenario import Scenario, uuid_of
 from gpuglass_vllm import records
 from tests.ebpf.conftest import Player
 from tests.fakes import nvml
-from tests.fakes.cuda import LIBRARY, build
+from tests.fakes.cuda import LIBRARY, TENSORS, build
 from tests.support.ports import free_port
 from tests.support.probe_receiver import running_receiver
 
@@ -46,7 +46,12 @@ class Running:
             *("--object", str(bpf_object), *arguments),
         ]
         base = {name: value for name, value in os.environ.items() if not name.startswith("GPUGLASS_TRACER")}
-        own = {"GPUGLASS_TRACER_INTERVAL": "200ms", "GPUGLASS_TRACER_RECONCILE_INTERVAL": "500ms"}
+        # So often that it would be over budget on a busy machine.
+        own = {
+            "GPUGLASS_TRACER_INTERVAL": "200ms",
+            "GPUGLASS_TRACER_RECONCILE_INTERVAL": "500ms",
+            "GPUGLASS_TRACER_BUDGET": "0",
+        }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env={**base, **own, **environment}, stderr=log)
         self.wait(self.is_up, "the tracer serves")
@@ -108,6 +113,39 @@ def played() -> Iterator[list[Player]]:
     for player in players:
         if player.process.poll() is None:
             player.kill()
+
+
+@needs_bpf
+@pytest.mark.skipif(
+    not kernel.has_uprobe_multi(gate.kernel_version(os.uname().release)),
+    reason="static probes need Linux 6.6",
+)
+def test_it_serves_live_tensors_of_processes_that_began_after_pytorch_was_probed(
+    bpf_object: Path, tmp_path: Path, played: list[Player]
+) -> None:
+    def with_pytorch() -> Player:
+        player = Player(str(build() / LIBRARY))
+        played.append(player)
+        player.do("load", str(build() / TENSORS))
+        return player
+
+    with running(bpf_object, tmp_path, "--tensors") as tracer:
+        with_pytorch()
+        # Others on this machine may use a PyTorch as well.
+        for library in (LIBRARY, TENSORS):
+            named = f"tracing {(build() / library).resolve()}: "
+            tracer.wait(lambda named=named: named in tracer.log.read_text(), f"{library} is probed")
+        player = with_pytorch()
+        player.out("cuMemAlloc_v2", 4 * MIB)
+        kept = player.out("tensorAllocate", MIB)
+        player.call("tensorFree", player.out("tensorAllocate", 2 * MIB))
+        of = {"pid": str(player.pid)}
+        tracer.wait_value("gpuglass_cuda_tensor_bytes", MIB, **of)
+        assert tracer.value("gpuglass_cuda_tensors", **of) == 1
+        assert tracer.value("gpuglass_cuda_tensor_allocated_bytes_total", **of) == 3 * MIB
+        assert tracer.value("gpuglass_cuda_live_bytes", kind="device", **of) == 4 * MIB
+        player.call("tensorFree", kept)
+        tracer.wait_value("gpuglass_cuda_tensor_bytes", 0, **of)
 
 
 @needs_bpf

@@ -207,7 +207,7 @@ def test_the_runtime_has_a_ledger_of_its_own(
     address = player.out(allocate, MIB, *more)
     player.out(allocate, 2 * MIB, *more)
     player.call(free, address, *after)
-    for layer in Layer:
+    for layer in (Layer.DRIVER, Layer.RUNTIME):
         sums = rig.sums(player.pid, kind, layer)
         assert (sums.live_bytes, sums.allocations, sums.frees) == (2 * MIB, 2, 1), layer
 

@@ -1,7 +1,7 @@
 """Builds the fake CUDA driver and runtime libraries from their C sources.
 
-In flow the sources beside this file and a C compiler, out flows a folder with `libcuda.so.1` and
-`libcudart.so.12`, compiled once for each state of the sources and kept in the user's cache."""
+In flow the sources beside this file and a C compiler, out flows a folder with `libcuda.so.1`,
+`libcudart.so.12` and `libc10_cuda.so` (PyTorch's allocator with its static probes), compiled once for each state of the sources and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.fakes.nvml import BuildError, cache_folder, compiler
 
 LIBRARY = "libcuda.so.1"
 RUNTIME = "libcudart.so.12"
+TENSORS = "libc10_cuda.so"
 SOURCES = Path(__file__).parent
 FLAGS = (
     "-std=gnu11",
@@ -36,7 +37,7 @@ def build(future: bool = False) -> Path:
     for source in sorted(SOURCES.glob("*.c")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = cache_folder() / f"fake-cuda-{digest.hexdigest()[:16]}"
-    if not (folder / RUNTIME).exists():
+    if not (folder / TENSORS).exists():
         folder.mkdir(parents=True, exist_ok=True)
         _compile([*command, f"-Wl,-soname,{LIBRARY}", str(SOURCES / "driver.c")], folder / LIBRARY)
         _compile(
@@ -46,6 +47,7 @@ def build(future: bool = False) -> Path:
             ],
             folder / RUNTIME,
         )
+        _compile([*command, f"-Wl,-soname,{TENSORS}", str(SOURCES / "tensors.c")], folder / TENSORS)
     return folder
 
 
