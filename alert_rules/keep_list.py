@@ -71,9 +71,7 @@ def keep_list() -> str:
     )
     text += "# of the pack reads is dropped before it is stored.\n"
     for target, names in kept_names(all_queries()).items():
-        # SGLang's names come with a colon or an underscore, as the scrape negotiates.
-        pattern = "|".join(name.replace("sglang:", "sglang[:_]") for name in names)
-        rule = {"source_labels": ["__name__"], "regex": pattern, "action": "keep"}
+        rule = {"source_labels": ["__name__"], "regex": "|".join(names), "action": "keep"}
         text += f"\n# {_TARGETS[target]}\n"
         text += yaml.safe_dump({f"{target}": {"metric_relabel_configs": [rule]}}, sort_keys=False, width=100)
     return text

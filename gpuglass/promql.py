@@ -184,13 +184,19 @@ def labelled(expression: str, label: str, value: str) -> str:
 def histogram_quantile(
     form: Histograms, quantile: float, metric: Metric, window: float, by: Sequence[str], /, **m: str | Match
 ) -> str:
-    """Quantile of what was observed in the window, by labels; no sample where nothing was."""
-    if form == "native":
-        return (
-            f"histogram_quantile({quantile:g}, sum by ({', '.join(by)}) (rate({_h(metric, '', window, m)})))"
-        )
-    inner = f"sum by ({', '.join([*by, 'le'])}) (rate({_h(metric, '_bucket', window, m)}))"
-    return f"histogram_quantile({quantile:g}, {inner})"
+    """Quantile of what was observed in the window, by labels; NaN where nothing was."""
+    return quantile_of(form, quantile, histogram_rates(form, metric, window, **m), by)
+
+
+def histogram_rates(form: Histograms, metric: Metric, window: float, /, **m: str | Match) -> str:
+    """Histograms per second, for `quantile_of`."""
+    return f"rate({_h(metric, '' if form == 'native' else '_bucket', window, m)})"
+
+
+def quantile_of(form: Histograms, quantile: float, rates: str, by: Sequence[str]) -> str:
+    """Quantile of rates of histograms, added up by labels; NaN where nothing was observed."""
+    labels = [*by] if form == "native" else [*by, "le"]
+    return f"histogram_quantile({quantile:g}, {aggregate('sum', labels, rates)})"
 
 
 def histogram_count(form: Histograms, metric: Metric, window: float, /, **m: str | Match) -> str:

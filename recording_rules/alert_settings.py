@@ -1,4 +1,4 @@
-"""Thresholds of the alerts, each with its unit, its bounds and its reason; part of `recording_rules.settings`.
+"""Thresholds of the alerts, each with its unit, its bounds and its reason; in `recording_rules.settings`.
 
 Ratios are shares from 0 to 1. What is called `…_for` is how long a condition has to hold before it alerts.
 """

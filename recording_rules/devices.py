@@ -109,8 +109,8 @@ def groups(settings: Settings, options: Options) -> list[Group]:
     """The groups of devices, nodes, cards and the fleet's GPUs."""
     interval = float(settings.windows.interval)
     return [
-        Group("gpuglass-devices", interval, tuple(_devices(settings, options))),
-        Group("gpuglass-fleet", interval, tuple(_sums())),
+        Group("gpuglass-devices.rules", interval, tuple(_devices(settings, options))),
+        Group("gpuglass-fleet.rules", interval, tuple(_sums())),
     ]
 
 
@@ -210,7 +210,9 @@ def _errors(d: _Devices) -> None:
     codes = renamed(select(foreign.DCGM_XID), gpu_uuid="UUID") + " > 0"
     changed = aggregate("max", GPU, renamed(f"changes({select(foreign.DCGM_XID, window)})", gpu_uuid="UUID"))
     by_code = f'count_values by (cluster, gpu_uuid) ("xid", {codes})'
-    counted = f"{by_code} * 0\n+ on (cluster, gpu_uuid) group_left ()\n({changed} > 0)"
+    # With the agent there, its series say whose error it was; two codes for one error would alert twice.
+    by_code += f" unless on (cluster, gpu_uuid) {select(gpu.INFO)}"
+    counted = f"({by_code}) * 0\n+ on (cluster, gpu_uuid) group_left ()\n({changed} > 0)"
     d.add(r.DEVICE_XID, [grown, appeared], [labelled(counted, "class", "unknown")], xid)
     d.add(
         r.DEVICE_ECC,

@@ -133,4 +133,13 @@ TRITON_TRTLLM_KV = _triton("nv_trt_llm_kv_cache_block_metrics", False, "kv_cache
 TRITON_TRTLLM_INPUT = _triton("nv_llm_input_token_len", True, "response_metric_type")
 TRITON_TRTLLM_OUTPUT = _triton("nv_llm_output_token_len", True, "response_metric_type")
 
-BY_NAME = MappingProxyType({m.name: m for m in list(vars().values()) if isinstance(m, Foreign)})
+
+def escaped(metric: Foreign) -> Foreign:
+    """A metric of SGLang as scrapers that negotiate underscore escaping see it."""
+    return Foreign(metric.name.replace(":", "_"), metric.exporter, metric.labels, metric.histogram)
+
+
+_ALL = [m for m in list(vars().values()) if isinstance(m, Foreign)]
+BY_NAME = MappingProxyType(
+    {m.name: m for m in (*_ALL, *(escaped(m) for m in _ALL if m.exporter == "sglang"))}
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recording_rules import devices
+from recording_rules import cost, devices, engines, latency, rollups, tenants
 from recording_rules.model import Group
 from recording_rules.options import DEFAULT, Options
 from recording_rules.settings import Settings
@@ -12,4 +12,11 @@ __all__ = ["DEFAULT", "Options", "groups"]
 
 def groups(settings: Settings, options: Options = DEFAULT) -> list[Group]:
     """Groups of recording rules."""
-    return [*devices.groups(settings, options)]
+    return [
+        *devices.groups(settings, options),
+        *engines.groups(settings, options),
+        *latency.groups(settings, options),
+        *tenants.groups(settings, options),
+        *cost.groups(settings, options),
+        *rollups.groups(settings),
+    ]

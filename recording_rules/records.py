@@ -288,6 +288,10 @@ TENANT_COST = Record(
 # Cost
 
 DEVICE_PRICE = Record("device:price_per_hour:max", DEVICE, "price/h", "Price of an hour of the GPU.")
+WORKLOAD_GPU_USED = Record(
+    "workload:gpu_used:avg", (*WORKLOAD, "gpu_uuid"), "ratio",
+    "SM time that a job used on a GPU; 0 where it only holds memory.",
+)  # fmt: skip
 DEVICE_HOLDERS = Record(
     "device:holders:count", ("cluster", "gpu_uuid"), "", "Engines and jobs that are on the GPU."
 )
@@ -321,6 +325,10 @@ MODEL_COST = Record(
 MODEL_CARD_TOKENS = Record(
     "model:card_tokens:rate", (*MODEL, "model", "kind"), "tokens/s", "Tokens of a model by card and kind."
 )
+MODEL_PREFILL_SHARE = Record(
+    "model:prefill_cost:ratio", (*MODEL, "model"), "ratio",
+    "Share of the cost of a model's tokens that is prefill; the rest is decode.",
+)  # fmt: skip
 MODEL_COST_PER_1K = Record(
     "model:cost_per_1k_tokens:ratio", (*MODEL, "model", "basis", "kind"), "price/1k tokens",
     "Cost of a thousand tokens by card, basis and kind: input, cached, output, all.",
@@ -387,30 +395,39 @@ FLEET_IDLE_GPUS = Record(
 # Long ranges
 
 DEVICE_ACTIVE_ROLLUP = Record(
-    "device:active:rollup", DEVICE, "ratio", "device:active:avg, mean of five minutes."
+    "device:active:rollup", DEVICE, "ratio", "device:active:avg, mean of the long interval (2m30s)."
 )
 DEVICE_MEMORY_ROLLUP = Record(
-    "device:memory_used:rollup", DEVICE, "ratio", "device:memory_used:ratio, mean of five minutes."
+    "device:memory_used:rollup",
+    DEVICE,
+    "ratio",
+    "device:memory_used:ratio, mean of the long interval (2m30s).",
 )
 DEVICE_POWER_ROLLUP = Record(
-    "device:power_watts:rollup", DEVICE, "watts", "device:power_watts:avg, mean of five minutes."
+    "device:power_watts:rollup", DEVICE, "watts", "device:power_watts:avg, mean of the long interval (2m30s)."
 )
 ENGINE_KV_ROLLUP = Record(
-    "engine:kv_used:rollup", ENGINE, "ratio", "engine:kv_used:ratio, mean of five minutes."
+    "engine:kv_used:rollup", ENGINE, "ratio", "engine:kv_used:ratio, mean of the long interval (2m30s)."
 )
 MODEL_TOKENS_ROLLUP = Record(
-    "model:tokens:rollup", (*MODEL, "kind"), "tokens/s", "model:tokens:rate, mean of five minutes."
+    "model:tokens:rollup",
+    (*MODEL, "kind"),
+    "tokens/s",
+    "model:tokens:rate, mean of the long interval (2m30s).",
 )
 MODEL_COST_ROLLUP = Record(
     "model:cost_per_hour:rollup", (*MODEL, "model", "basis"), "price/h",
-    "model:cost_per_hour:sum, mean of five minutes.",
+    "model:cost_per_hour:sum, mean of the long interval (2m30s).",
 )  # fmt: skip
 FLEET_COST_ROLLUP = Record(
     "fleet:cost_part_per_hour:rollup", (*FLEET, "part"), "price/h",
-    "fleet:cost_part_per_hour:sum, mean of five minutes.",
+    "fleet:cost_part_per_hour:sum, mean of the long interval (2m30s).",
 )  # fmt: skip
 WORKLOAD_GPUS_ROLLUP = Record(
-    "workload:gpus:rollup", (*WORKLOAD, "model"), "GPUs", "workload:gpus:sum, mean of five minutes."
+    "workload:gpus:rollup",
+    (*WORKLOAD, "model"),
+    "GPUs",
+    "workload:gpus:sum, mean of the long interval (2m30s).",
 )
 
 # Advice

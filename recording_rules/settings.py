@@ -32,6 +32,9 @@ class Windows(Section, frozen=True):
     slow_interval: Annotated[
         Seconds, between(1, 3600, "s", "cost, quota and advice change slowly and read many series")
     ] = Seconds(60)
+    long_interval: Annotated[
+        Seconds, between(1, 3600, "s", "a fifth of the samples, and still two within Prometheus's lookback")
+    ] = Seconds(150)
     rate: Annotated[
         Seconds, between(2, 3600, "s", "holds four samples even at a scrape interval of one minute")
     ] = Seconds(300)
@@ -140,6 +143,13 @@ class Cost(Section, frozen=True):
     ] = 1.0
 
 
+class Jobs(Section, frozen=True):
+    """Processes on GPUs that belong to no known engine."""
+
+    ignored_processes: str = "Xorg|gnome-.*|nv-hostengine|nvidia-.*|dcgm.*"
+    """Anchored pattern of the names of processes that are nobody's work."""
+
+
 class Advice(Section, frozen=True):
     """When the data supports a change of configuration."""
 
@@ -201,6 +211,7 @@ class Settings(Section, frozen=True):
     windows: Windows = Windows()
     slo: Slo = Slo()
     cost: Cost = Cost()
+    jobs: Jobs = Jobs()
     advice: Advice = Advice()
     alerts: Alerts = Alerts()
     runbook_base: str = "https://gpuglass.example/runbooks"
@@ -286,6 +297,10 @@ def _check(settings: Settings, source: str) -> None:
             raise ConfigError(
                 f"{source}: slo.{key}: short has to be below long, both from 1s to 30d, factor up to 1000"
             )
+    try:
+        re.compile(settings.jobs.ignored_processes)
+    except re.error as error:
+        raise ConfigError(f"{source}: jobs.ignored_processes: is no regular expression: {error}") from None
     if settings.windows.rate < 2 * settings.windows.interval:
         raise ConfigError(
             f"{source}: windows.rate: must be at least twice windows.interval, "
