@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from gpuglass.families import prices
 from gpuglass.promql import Match, Metric, aggregate, duration, increase, select, times
 from recording_rules import records
+from recording_rules.devices import first_label
 from recording_rules.records import ENGINE
 
 DEVICE_VARIABLES = {"cluster": "cluster", "node": "node", "gpu_uuid": "gpu_uuid"}
@@ -46,10 +47,8 @@ def per_engine(how: str, expression: str, *labels: str) -> str:
 def per_node(how: str, expression: str, *labels: str) -> str:
     """Series of the pack's own processes by node: the label of the targets where they have one, else the host
     in `instance`."""
-    joined = f'label_join({expression}, "node", ";", "node", "instance")'
-    joined = f'label_replace({joined}, "node", "$1", "node", "(.+);.*")'
-    joined = f'label_replace({joined}, "node", "$1", "node", ";(.*?)(:[0-9]+)?")'
-    return aggregate(how, ("cluster", "node", *labels), joined)
+    named = first_label(expression, "node", ("node", "instance"), port=True)
+    return aggregate(how, ("cluster", "node", *labels), named)
 
 
 def grown(metric: Metric, window: float, /, **matchers: str | Match) -> str:

@@ -160,7 +160,6 @@ MUTED = [
     ("GPULost", "health", {"gpu_uuid": "GPU-1", "node": "a"}, "GPUCold", "cost", {"gpu_uuid": "GPU-1"}, True),
     ("GPULost", "health", {"gpu_uuid": "GPU-1"}, "GPUCold", "cost", {"gpu_uuid": "GPU-2"}, False),
     ("GPULost", "health", {"gpu_uuid": "GPU-1"}, "SLOFirstTokenBurn", "latency", {"model_name": "m"}, False),
-    ("GPULost", "health", {"gpu_uuid": "GPU-1"}, "GPULost", "health", {"gpu_uuid": "GPU-1"}, False),
     ("NodeDown", "node", {"node": "a"}, "GPUThrottled", "health", {"node": "a", "gpu_uuid": "GPU-1"}, True),
     ("NodeDown", "node", {"node": "a"}, "GPUThrottled", "health", {"node": "b", "gpu_uuid": "GPU-1"}, False),
     ("NodeDown", "node", {}, "SLOErrorsBurn", "latency", {"model_name": "m"}, False),
