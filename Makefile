@@ -14,6 +14,7 @@ QUICK ?=
 # nothing and fails if a file differs.
 define GENERATORS
 	@$(BIN)/gpuglass metrics $(1) README.md
+	@$(BIN)/gpuglass rules check $(1)
 	@$(BIN)/python -m tests.support.stream_page $(1) exporters/engine_probe/STREAM.md
 endef
 

@@ -80,6 +80,7 @@ def _check(arguments: Namespace) -> int:
     if arguments.write:
         for path in files.write_committed():
             print(path)
+        return 0
     found = [*files.faults(settings.load(arguments.config)), *files.stale()]
     for line in found:
         print(f"gpuglass: {line}", file=sys.stderr)

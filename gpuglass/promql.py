@@ -112,6 +112,11 @@ def over_time(how: str, metric: Metric, window: float, /, **matchers: str | Matc
     return f"{how}_over_time({select(metric, window, **matchers)})"
 
 
+def quantile_over_time(quantile: float, metric: Metric, window: float, /, **matchers: str | Match) -> str:
+    """Quantile of a series' own samples in the window."""
+    return f"quantile_over_time({quantile:g}, {select(metric, window, **matchers)})"
+
+
 def aggregate(how: str, labels: Sequence[str], expression: str) -> str:
     """`how by (labels) (expression)`, a long expression on lines of its own."""
     if "\n" in expression or len(expression) > 90:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recording_rules import cost, devices, engines, latency, rollups, tenants
+from recording_rules import advice, cost, devices, engines, latency, rollups, tenants
 from recording_rules.model import Group
 from recording_rules.options import DEFAULT, Options
 from recording_rules.settings import Settings
@@ -19,4 +19,5 @@ def groups(settings: Settings, options: Options = DEFAULT) -> list[Group]:
         *tenants.groups(settings, options),
         *cost.groups(settings, options),
         *rollups.groups(settings),
+        *advice.groups(settings, options),
     ]

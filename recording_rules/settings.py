@@ -156,6 +156,9 @@ class Advice(Section, frozen=True):
     window: Annotated[
         Seconds, between(1, 30 * DAY, "s", "an advice rests on a day's course, not on a moment")
     ] = Seconds(DAY)
+    job_window: Annotated[
+        Seconds, between(60, 7 * DAY, "s", "long enough to hold a job's epochs and pauses")
+    ] = Seconds(4 * 3600)
     kv_full_ratio: Annotated[
         float, between(0, 1, "ratio", "above it vLLM preempts at the next long prompt")
     ] = 0.9
@@ -186,9 +189,18 @@ class Advice(Section, frozen=True):
     expert_imbalance: Annotated[
         float, between(1, 1000, "×mean", "busiest expert ÷ mean; from here on its rank sets the pace")
     ] = 3.0
+    expert_rank_imbalance: Annotated[
+        float, between(1, 1000, "×mean", "busiest rank ÷ mean: the others wait for a fifth of each step")
+    ] = 1.25
     cold_ratio: Annotated[
         float, between(0, 1, "ratio", "mean activity of a day below which two models fit on one GPU")
     ] = 0.1
+    job_unused_ratio: Annotated[
+        float, between(0, 1, "ratio", "SM activity that no work explains: a context alone costs nothing")
+    ] = 0.01
+    job_burst_ratio: Annotated[
+        float, between(0, 1, "ratio", "SM activity that shows that the job can use the card when it is fed")
+    ] = 0.6
     job_idle_ratio: Annotated[
         float, between(0, 1, "ratio", "GPU time that a job holds and does not use before it is said")
     ] = 0.5
