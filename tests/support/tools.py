@@ -89,4 +89,6 @@ ALERTMANAGER = GoTool("alertmanager", ("alertmanager", "amtool"))
 
 DASHBOARD_LINTER = GoTool("dashboard-linter", ("dashboard-linter",))
 
-TOOLS = {tool.name: tool for tool in (PROMETHEUS, ALERTMANAGER, DASHBOARD_LINTER, JAEGER)}
+PINT = GoTool("pint", ("pint",))
+
+TOOLS = {tool.name: tool for tool in (PROMETHEUS, ALERTMANAGER, DASHBOARD_LINTER, JAEGER, PINT)}
