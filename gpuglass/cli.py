@@ -24,10 +24,12 @@ examples:
 """
 
 
-def commands() -> dict[str, Command]:
-    """Installed subcommands by name."""
+def commands(only: str = "") -> dict[str, Command]:
+    """Installed subcommands by name. If there is one called `only`, just that one: each of the others would
+    load a part of the pack that the process does not need."""
     found: dict[str, Command] = {}
-    for entry in sorted(entry_points(group="gpuglass.commands"), key=lambda entry: entry.name):
+    entries = sorted(entry_points(group="gpuglass.commands"), key=lambda entry: entry.name)
+    for entry in [entry for entry in entries if entry.name == only] or entries:
         command = entry.load()
         if isinstance(command, Command):
             found[entry.name] = command
@@ -70,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
     try:
         try:
-            arguments = parser(commands()).parse_args(argv)
+            words = sys.argv[1:] if argv is None else argv
+            arguments = parser(commands(words[0] if words else "")).parse_args(words)
             code: int = arguments.run(arguments)
         finally:
             sys.stdout.flush()  # here and not at exit, where a closed pipe could not be caught any more

@@ -177,13 +177,16 @@ class FromPrometheus:
         ]
 
     def summary(self) -> Summary:
-        done = self._number("sum(count_over_time(up[1h]))")
-        good = self._number("sum(sum_over_time(up[1h]))")
-        series = self._number("sum(count by (job) ({job!=''}))")
-        return Summary(done, done - good, series)
-
-    def _number(self, expression: str) -> int:
-        return int(next((value for _, value in self._query(expression)), 0))
+        # One query: scrapes go on meanwhile.
+        numbers = {
+            "done": "sum(count_over_time(up[1h]))",
+            "good": "sum(sum_over_time(up[1h]))",
+            "series": "sum(count by (job) ({job!=''}))",
+        }
+        named = (f"label_replace({query}, 'is', '{name}', '', '')" for name, query in numbers.items())
+        found = {labels["is"]: int(value) for labels, value in self._query(" or ".join(named))}
+        done = found.get("done", 0)
+        return Summary(done, done - found.get("good", done), found.get("series", 0))
 
     def _query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         query = urllib.parse.urlencode({"query": expression})

@@ -43,7 +43,7 @@ def with_command(monkeypatch: pytest.MonkeyPatch, do: object) -> None:
         return do
 
     command = Command("tries", lambda parser: None, act)
-    monkeypatch.setattr(cli, "commands", lambda: {"try": command})
+    monkeypatch.setattr(cli, "commands", lambda only: {"try": command})
 
 
 # Usage
@@ -150,6 +150,25 @@ def test_what_is_registered_but_no_command_is_left_out(monkeypatch: pytest.Monke
     entries = [Entry("b", good), Entry("a", "nonsense")]
     monkeypatch.setattr(cli, "entry_points", lambda group: entries)
     assert cli.commands() == {"b": good}
+
+
+def test_only_the_command_that_is_asked_for_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    class Entry:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def load(self) -> Command:
+            loaded.append(self.name)
+            return Command(self.name, lambda parser: None, lambda arguments: 0)
+
+    monkeypatch.setattr(cli, "entry_points", lambda group: [Entry("b"), Entry("a")])
+    assert cli.main(["b"]) == 0
+    assert loaded == ["b"]
+    with pytest.raises(SystemExit):
+        cli.main(["c"])
+    assert loaded == ["b", "a", "b"]
 
 
 def test_a_command_adds_arguments_of_its_own() -> None:
