@@ -17,8 +17,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from enum import Enum
 
-import bcrypt
-
 from gpuglass.server.web_config import bcrypt_cost
 
 MAX_ACCEPTED = 64
@@ -107,6 +105,8 @@ def _decode(authorization: str) -> tuple[bytes, bytes] | None:
 
 
 def _matches(password: bytes, hashed: bytes) -> bool:
+    import bcrypt  # half a megabyte that a server without passwords does without
+
     try:
         return bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed)
     except ValueError:  # a password that bcrypt cannot take
