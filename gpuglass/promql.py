@@ -37,9 +37,9 @@ class Metric(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A matcher other than equality."""
+    """A matcher; a plain text is one for equality."""
 
-    operator: Literal["!=", "=~", "!~"]
+    operator: Literal["=", "!=", "=~", "!~"]
     value: str
 
 
@@ -50,7 +50,8 @@ def regex(pattern: str) -> Match:
 
 def one_of(values: Iterable[str]) -> Match:
     """Label is one of the values."""
-    return Match("=~", "|".join(re.escape(value) for value in values))
+    known = list(values)
+    return Match("=", known[0]) if len(known) == 1 else Match("=~", "|".join(map(re.escape, known)))
 
 
 def not_equal(value: str) -> Match:

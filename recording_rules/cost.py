@@ -134,8 +134,8 @@ def _shares() -> Iterator[Rule]:
         aggregate("group", _ENGINE_GPU, select(r.ENGINE_GPU_SECONDS)), select(r.WORKLOAD_GPU_USED)
     )
     yield Rule(r.DEVICE_HOLDERS, aggregate("count", GPU, holders))
-    whole = f"clamp_min({select(r.DEVICE_HELD)}, 1)"
-    idle = f"clamp_min(1 - {select(r.DEVICE_HELD)}, 0) / {select(r.DEVICE_HOLDERS)}"
+    whole = f"(clamp_min({select(r.DEVICE_HELD)}, 1) > 0)"
+    idle = f"clamp_min(1 - {select(r.DEVICE_HELD)}, 0) / ({select(r.DEVICE_HOLDERS)} > 0)"
     on = f"on ({', '.join(GPU)}) group_left ()"
     yield Rule(r.ENGINE_GPU_SHARE, f"{select(r.ENGINE_GPU_SECONDS)}\n/ {on}\n{whole}")
     yield Rule(

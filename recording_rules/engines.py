@@ -156,8 +156,9 @@ def _info(options: Options) -> str:
         f"{parenthesize(found)}\n"
         f"unless on (cluster, model_name, workload_namespace, workload_pod) {seen}\n"
         f"unless on (cluster, model_name) {select(engine.INFO, workload_pod='')}\n"
-        # Without a pod label, these match only targets that name no pod either.
-        f"unless on (cluster, model_name, workload_pod) group by (cluster, model_name) ({seen})"
+        # With the pod's label taken away, these match only targets that name no pod either.
+        "unless on (cluster, model_name, workload_pod) "
+        + relabel(f"group by (cluster, model_name) ({seen})", "workload_pod", "", "", "")
     )
     return first_of(probe, unprobed)
 
@@ -230,7 +231,8 @@ def _load(e: _Engines) -> None:
     e.add(r.ENGINE_KV_HOLDER, "max", select(engine.KV_HOLDER, holder="1"), extra=("tenant",))
 
 
-_TARGET = ("cluster", "instance", "pod", "namespace", "model_name")
+_TARGET = ("cluster", "instance", "pod", "namespace", "model_name", "engine", "workload_container")
+"""What `identity` makes an engine's labels of."""
 
 
 def _by_dp_rank(metric: Foreign) -> str:
