@@ -2,7 +2,7 @@
 
 Samples carry the server's time, so evaluations follow its clock: a jump of this machine's changes nothing.
 The server is asked from time to time, and at once when this machine's two clocks disagree (a jump, or a
-suspend).
+suspend) or when it is another server.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class ServerClock:
         self._server = 0.0
         self._monotonic: float | None = None
         self._wall = 0.0
+        self._doubtful = False
         self.jumps = 0
 
     @property
@@ -42,10 +43,14 @@ class ServerClock:
 
     def must_ask(self) -> bool:
         """Whether it is time to ask the server."""
-        if self._monotonic is None:
+        if self._monotonic is None or self._doubtful:
             return True
         elapsed = self._clock.monotonic() - self._monotonic
         return elapsed >= ASK_EVERY or abs(self._clock.time() - self._wall - elapsed) > JUMP
+
+    def doubt(self) -> None:
+        """Ask as soon as can be: the server may be another one."""
+        self._doubtful = True
 
     def set(self, server: float) -> float:
         """The server says that it is `server`; gives by how much its clock jumped (0: not at all)."""
@@ -61,5 +66,6 @@ class ServerClock:
                 jumped = difference
                 self.jumps += 1
                 LOG.warning("the server's clock jumped by %+.1f s", difference)
+        self._doubtful = False
         self._server, self._monotonic, self._wall = server, self._clock.monotonic(), self._clock.time()
         return jumped

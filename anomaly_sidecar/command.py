@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anomaly_sidecar.config import Config
     from anomaly_sidecar.interface import Query
     from anomaly_sidecar.replay import Replayed
-    from anomaly_sidecar.sidecar import Made
+    from anomaly_sidecar.sidecar import Made, Sidecar
     from anomaly_sidecar.workers import InlineWorkers, WorkerPool
 
 STOP_SECONDS = 5.0
@@ -31,7 +31,9 @@ STOP_SECONDS = 5.0
 def _configure(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    run = actions.add_parser("run", help="read Prometheus and serve scores until SIGTERM")
+    run = actions.add_parser(
+        "run", help="read Prometheus and serve scores until SIGTERM; SIGHUP loads the configuration again"
+    )
     run.add_argument(
         "--config", metavar="FILE", type=Path, help="configuration (default: GPUGLASS_ANOMALY_CONFIG)"
     )
@@ -118,12 +120,13 @@ def make_units(loaded: Config, workers: WorkerPool | InlineWorkers) -> list[Made
     from anomaly_sidecar.detectors import KINDS
     from anomaly_sidecar.replay import spec_of
     from anomaly_sidecar.scores import Scores
+    from anomaly_sidecar.sidecar import Made
     from anomaly_sidecar.unit import Spec
 
     made: list[Made] = []
     for entry in loaded.queries:
         query = entry.query()
-        made.append((spec_of(query, loaded.state.ttl), partial(Scores, query)))
+        made.append(Made(spec_of(query, loaded.state.ttl), partial(Scores, query), entry))
     for detector in loaded.detectors:
         kind = KINDS[detector.kind]
         settings = config.settings_of(detector, kind)
@@ -141,7 +144,7 @@ def make_units(loaded: Config, workers: WorkerPool | InlineWorkers) -> list[Made
             keep_name=False,
             identity=json.dumps([detector.kind, repr(settings)]),
         )
-        made.append((spec, partial(kind.create, detector.name, settings, workers)))
+        made.append(Made(spec, partial(kind.create, detector.name, settings, workers), detector))
     return made
 
 
@@ -185,12 +188,10 @@ def _serve(arguments: Namespace) -> int:
     file = arguments.config or (
         Path(os.environ["GPUGLASS_ANOMALY_CONFIG"]) if os.environ.get("GPUGLASS_ANOMALY_CONFIG") else None
     )
-    loaded = _load(arguments, file)
-    if not loaded.queries and not loaded.detectors:
-        raise ConfigError("nothing to watch: name queries or presets in --config, or add --preset gpu")
+    loaded = _load_to_run(arguments, file)
     configure(loaded.log)
     # Blocked before any thread starts, and waited for below: a handler could run inside a lock that it needs.
-    signals = {signal.SIGTERM, signal.SIGINT}
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     store, clock = Store(catalog.owned_by(Owner.ANOMALY)), SystemClock()
     workers = WorkerPool(loaded.workers) if loaded.workers else InlineWorkers()
@@ -201,11 +202,40 @@ def _serve(arguments: Namespace) -> int:
     loop = threading.Thread(target=_loop, args=(sidecar.run, clock), name="sidecar", daemon=True)
     loop.start()
     LOG.info("serving http://%s/metrics; reading %s", metrics.address, loaded.prometheus.url)
-    died = signal.sigwait(signals) == signal.SIGTERM and not loop.is_alive()
+    while (received := signal.sigwait(signals)) == signal.SIGHUP:
+        _reload(sidecar, workers, arguments, file)
+    died = received == signal.SIGTERM and not loop.is_alive()
     clock.stop()
     loop.join(STOP_SECONDS + loaded.prometheus.timeout)
     metrics.stop(STOP_SECONDS)
     return int(died)
+
+
+def _load_to_run(arguments: Namespace, file: Path | None) -> Config:
+    loaded = _load(arguments, file)
+    if not loaded.queries and not loaded.detectors:
+        raise ConfigError("nothing to watch: name queries or presets in --config, or add --preset gpu")
+    return loaded
+
+
+def _reload(
+    sidecar: Sidecar, workers: WorkerPool | InlineWorkers, arguments: Namespace, file: Path | None
+) -> None:
+    """Take the configuration as it is now on disk; keep the old one and say so if it is refused."""
+    from anomaly_sidecar.config import check_reload
+    from gpuglass.logs import LOG, configure
+
+    try:
+        loaded = _load_to_run(arguments, file)
+        changed = check_reload(sidecar.latest, loaded)
+    except UserError as error:
+        sidecar.reloads.refused()
+        LOG.error("configuration not taken, the old one stays: %s", error)
+        return
+    configure(loaded.log)
+    sidecar.reload(loaded, make_units(loaded, workers))
+    sidecar.reloads.taken()
+    LOG.info("configuration taken; changed: %s", ", ".join(changed) or "nothing")
 
 
 def _loop(run: Callable[[], None], clock: SystemClock) -> None:

@@ -216,6 +216,24 @@ def check_expression(key: str, text: str, raw_counters: bool = False) -> None:
         raise ValueError(f"{key}: {text.strip()[:80]} is a counter, which only grows; use rate(…[5m])")
 
 
+def check_reload(old: Config, new: Config) -> list[str]:
+    """Names of the sections, queries and detectors that differ; raises `ConfigError` for what cannot change
+    while the sidecar runs."""
+    for key, before, after in (
+        ("server", old.server, new.server),
+        ("workers", old.workers, new.workers),
+        ("state.folder", old.state.folder, new.state.folder),
+        ("prometheus.concurrency", old.prometheus.concurrency, new.prometheus.concurrency),
+    ):
+        if before != after:
+            raise ConfigError(f"{key}: cannot change while the sidecar runs; restart it")
+    sections = ("log", "prometheus", "state")
+    changed = [name for name in sections if getattr(old, name) != getattr(new, name)]
+    entries = [{entry.name: entry for entry in (*of.queries, *of.detectors)} for of in (old, new)]
+    names = list(dict.fromkeys([*entries[0], *entries[1]]))
+    return changed + [name for name in names if entries[0].get(name) != entries[1].get(name)]
+
+
 def load(path: Path | None, kinds: Mapping[str, Kind], presets: Mapping[str, Mapping[str, Any]]) -> Config:
     """Read the file (None: all defaults), add its presets; raises `ConfigError`."""
     document = read_yaml_mapping(path) if path is not None else {}

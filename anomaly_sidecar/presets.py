@@ -17,6 +17,10 @@ def _query(name: str, expr: str, **settings: Any) -> dict[str, Any]:
 
 GIB = float(1 << 30)
 
+_TOKENS = "sum by (model_name) (rate(vllm:generation_tokens_total[5m]))"
+_RUNNING = "sum by (model_name) (vllm:num_requests_running)"
+_WAITING = "sum by (model_name) (vllm:num_requests_waiting)"
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "gpu": {
         "queries": (
@@ -64,6 +68,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                     "busy": f"max by (gpu_uuid) ({gpu.BUSY.name})",
                 },
             },
+            {
+                "name": "gpu_memory_exhaustion",
+                "kind": "forecast",
+                "inputs": {
+                    "value": f"max by (gpu_uuid) ({gpu.MEMORY_USED.name})",
+                    # What the driver keeps for itself cannot be allocated.
+                    "limit": f"max by (gpu_uuid) ({gpu.MEMORY_TOTAL.name})"
+                    f" - max by (gpu_uuid) ({gpu.MEMORY_RESERVED.name})",
+                },
+            },
         ),
     },
     "engine": {
@@ -74,7 +88,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                 min_deviation=0.1,
                 valid=[0, 1],
             ),
-        )
+        ),
+        "detectors": (
+            {
+                "name": "kv_exhaustion",
+                "kind": "forecast",
+                "inputs": {
+                    "value": f"max by (model_name, engine) ({engine.KV_USED_BLOCKS.name})",
+                    "limit": f"max by (model_name, engine) ({engine.KV_POOL_BLOCKS.name})",
+                },
+            },
+        ),
     },
     "dcgm": {
         "queries": (
@@ -96,13 +120,29 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                 min_deviation=0.1,
                 valid=[0, 1],
             ),
-        )
+        ),
+        "detectors": (
+            {
+                "name": "dcgm_memory_leak",
+                "kind": "leak",
+                "inputs": {"used": "max by (UUID) (DCGM_FI_DEV_FB_USED) * 1048576"},
+            },
+            {
+                "name": "dcgm_memory_stranded",
+                "kind": "stranded",
+                "inputs": {
+                    "used": "max by (UUID) (DCGM_FI_DEV_FB_USED) * 1048576",
+                    # Per cent; only 0 counts as idle.
+                    "busy": "max by (UUID) (DCGM_FI_DEV_GPU_UTIL) / 100",
+                },
+            },
+        ),
     },
     "vllm": {
         "queries": (
             _query(
                 "vllm_tokens",
-                "sum by (model_name) (rate(vllm:generation_tokens_total[5m]))",
+                _TOKENS,
                 min_deviation=10.0,
             ),
             _query(
@@ -112,7 +152,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             ),
             _query(
                 "vllm_waiting",
-                "sum by (model_name) (vllm:num_requests_waiting)",
+                _WAITING,
                 direction="above",
                 min_deviation=5.0,
             ),
@@ -140,7 +180,24 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             {
                 "name": "vllm_tokens_forecast",
                 "kind": "forecast",
-                "inputs": {"value": "sum by (model_name) (rate(vllm:generation_tokens_total[5m]))"},
+                "inputs": {"value": _TOKENS},
+            },
+            {
+                "name": "vllm_demand_forecast",
+                "kind": "forecast",
+                "inputs": {"value": f"{_RUNNING} + {_WAITING}"},
+            },
+            {
+                "name": "vllm_replicas",
+                "kind": "replicas",
+                "inputs": {
+                    "value": _TOKENS,
+                    "waiting": _WAITING,
+                    "running": _RUNNING,
+                    # Servers that answer the scrape; one may have several engines (data parallel).
+                    "ready": "count by (model_name) (count by (model_name, job, instance) "
+                    "(vllm:num_requests_running))",
+                },
             },
             {
                 "name": "vllm_silent",

@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import resource
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from typing import Any
 
 import gpuglass
 from anomaly_sidecar.clock import ServerClock
-from anomaly_sidecar.config import Config
+from anomaly_sidecar.config import Config, DetectorConfig, QueryConfig
 from anomaly_sidecar.fits import RESULTS
 from anomaly_sidecar.forecast import Forecast
 from anomaly_sidecar.interface import Analyzer, Clock, StateError
@@ -33,14 +34,24 @@ from gpuglass.errors import ConfigError
 from gpuglass.families import anomaly as families
 from gpuglass.family import Batch, Tier
 from gpuglass.logs import LOG
-from gpuglass.self_metrics import resident_bytes
+from gpuglass.self_metrics import ReloadState, resident_bytes
 from gpuglass.store import Store
 
 MAX_BACKOFF = 300.0
 SOURCE = "anomaly"
 
-Made = tuple[Spec, Callable[[], Analyzer]]
-"""What a unit reads, and how its analyzer is made."""
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An entry of the configuration as it runs."""
+
+    spec: Spec
+    """What its unit reads."""
+    make: Callable[[], Analyzer]
+    """A new analyzer."""
+    entry: QueryConfig | DetectorConfig
+    """Where both come from: the same entry means that nothing changed."""
+
 
 Answers = Mapping[str, Vector | Matrix]
 
@@ -50,7 +61,7 @@ class _Running:
     """A unit with its read under way and its failures."""
 
     unit: Unit
-    make: Callable[[], Analyzer]
+    made: Made
     request: Request | None = None
     failures: int = 0
     not_before: float = 0.0
@@ -76,7 +87,10 @@ class Sidecar:
         self.server_clock = ServerClock(clock)
         self._clock = clock
         self._workers = workers
-        self._running = [_Running(Unit(spec, make()), make) for spec, make in made]
+        self._running = [_Running(Unit(each.spec, each.make()), each) for each in made]
+        self.reloads = ReloadState(clock.time)
+        self._next: tuple[Config, list[Made]] | None = None
+        self._next_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(config.prometheus.concurrency, "reader")
         self._reads: dict[Future[Answers], tuple[_Running, Unit]] = {}
         self._asked: Future[float] | None = None
@@ -93,6 +107,12 @@ class Sidecar:
         self._started = round(clock.time(), 3)
         self._random = random.Random()
         store.add_live(SOURCE, self._fill, Tier.SLOW)
+
+    @property
+    def latest(self) -> Config:
+        """The configuration that was taken last; it runs from the next turn on."""
+        with self._next_lock:
+            return self._next[0] if self._next else self.config
 
     @property
     def units(self) -> list[Unit]:
@@ -114,7 +134,7 @@ class Sidecar:
         except OSError as error:
             raise ConfigError(f"state.folder: cannot use {self._folder}: {error.strerror}") from None
         for running in self._running:
-            running.unit.restore(self._folder, [running.make(), running.make()])
+            running.unit.restore(self._folder, [running.made.make(), running.made.make()])
 
     def run(self) -> None:
         """Run until the clock's `wait` says that it is the end; then write the states."""
@@ -127,6 +147,10 @@ class Sidecar:
 
         False if nothing is under way: everything has been read up to now.
         """
+        with self._next_lock:
+            following, self._next = self._next, None
+        if following is not None:
+            self._change(*following)
         self._ask()
         for running in self._running:
             self._start(running)
@@ -144,6 +168,38 @@ class Sidecar:
                 self._finish(running, future)
         self._housekeeping()
         return True
+
+    def reload(self, config: Config, made: list[Made]) -> None:
+        """Run another configuration from the next turn on; see `check_reload` for what cannot change. From
+        any thread."""
+        with self._next_lock:
+            self._next = config, made
+
+    def _change(self, config: Config, made: list[Made]) -> None:
+        """Entries that did not change go on, those whose state still fits take it over, others start anew."""
+        if config.prometheus != self.config.prometheus:
+            self.reader = Reader(config.prometheus)
+            self.server_clock.doubt()
+        self.config = config
+        before = {running.unit.spec.name: running for running in self._running}
+        following: list[_Running] = []
+        for each in made:
+            old = before.get(each.spec.name)
+            if old is not None and (old.made.entry, old.unit.spec) == (each.entry, each.spec):
+                following.append(before.pop(each.spec.name))
+                continue
+            running = _Running(Unit(each.spec, each.make()), each)
+            fits = old is not None and old.unit.spec.signature == each.spec.signature
+            if old is not None and fits and running.unit.adopt(old.unit, each.make()):
+                running.answered = old.answered
+            elif self._folder is not None:
+                running.unit.restore(self._folder, [each.make(), each.make()])
+            following.append(running)
+        for old in before.values():
+            old.request = None  # what is being read for it will be dropped
+            old.unit.analyzer.evict(old.unit.table.rows())
+        self._running = following
+        self._dirty = True
 
     def settle(self, seconds: float = 600.0) -> None:
         """Turn until everything up to now has been read; raises TimeoutError. For tests and backtests."""
@@ -210,7 +266,7 @@ class Sidecar:
             if unit.last is not None and unit.last > self.server_clock.now():
                 LOG.warning("%s: learned ahead of the server's clock; starting anew", unit.spec.name)
                 running.request = None  # what is being read is of the old unit, and will be dropped
-                running.unit = Unit(unit.spec, running.make())
+                running.unit = Unit(unit.spec, running.made.make())
                 running.unit.counts = unit.counts
 
     def _say(self, trouble: str) -> None:
@@ -327,6 +383,8 @@ class Sidecar:
         """Metrics about the sidecar itself, at each scrape."""
         batch.add(families.BUILD_INFO, 1, gpuglass.__version__, platform.python_version())
         batch.add(families.START_TIME, self._started)
+        batch.add(families.CONFIG_RELOAD_OK, int(self.reloads.ok))
+        batch.add(families.CONFIG_RELOAD_TIME, self.reloads.taken_at)
         for unit in self.units:
             name, counts = unit.spec.name, unit.counts
             for result, count in sorted(counts.evaluations.items()):

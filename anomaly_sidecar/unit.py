@@ -249,8 +249,7 @@ class Unit:
         """Where the state lies."""
         return folder / f"{self.spec.name}.state"
 
-    def save(self, folder: Path) -> int:
-        """Write the state; gives its size. Raises OSError and `StateError`."""
+    def _state(self) -> State:
         state = self.analyzer.save()
         meta = {
             "signature": self.spec.signature,
@@ -258,7 +257,24 @@ class Unit:
             "table": self.table.save(),
             "analyzer": state.meta,
         }
-        return snapshot.save(State(state.arrays, meta), self.path(folder))
+        return State(state.arrays, meta)
+
+    def save(self, folder: Path) -> int:
+        """Write the state; gives its size. Raises OSError and `StateError`."""
+        return snapshot.save(self._state(), self.path(folder))
+
+    def adopt(self, old: Unit, fresh: Analyzer) -> bool:
+        """Go on where another unit of the same signature is, with a new analyzer; False if that cannot be."""
+        state = old._state()
+        try:
+            copies = {name: array.copy() for name, array in state.arrays.items()}
+            self._take_state(State(copies, state.meta), fresh)
+        except (StateError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            LOG.warning("%s: starting anew: %s", self.spec.name, " ".join(str(error).split())[:200])
+            return False
+        self.counts, self.restored = old.counts, old.restored
+        self.last_live, self.lines = old.last_live, old.lines
+        return True
 
     def restore(self, folder: Path, fresh: Sequence[Analyzer]) -> None:
         """Take the newest good state from the folder. A broken one is told and the one before is tried.

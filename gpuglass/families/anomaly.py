@@ -222,6 +222,15 @@ BUILD_INFO = _own("build_info", Kind.INFO, "Version of the sidecar.", "version",
 START_TIME = _own(
     "start_timestamp_seconds", Kind.GAUGE, "Unix time at which the sidecar started.", unit="seconds"
 )
+CONFIG_RELOAD_OK = _own(
+    "config_last_reload_success", Kind.GAUGE, "1 if the last (re)load of the configuration was taken."
+)
+CONFIG_RELOAD_TIME = _own(
+    "config_last_reload_success_timestamp_seconds",
+    Kind.GAUGE,
+    "Unix time at which the configuration in force was loaded.",
+    unit="seconds",
+)
 EVALUATIONS = _own(
     "evaluations_total",
     Kind.COUNTER,

@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from anomaly_sidecar.command import make_units
-from anomaly_sidecar.config import Config, parse
+from anomaly_sidecar.config import Config, check_reload, parse
 from anomaly_sidecar.detectors import KINDS
 from anomaly_sidecar.presets import PRESETS
 from anomaly_sidecar.sidecar import Sidecar
-from anomaly_sidecar.workers import InlineWorkers
+from anomaly_sidecar.workers import InlineWorkers, WorkerPool
 from gpuglass import catalog
 from gpuglass.family import Owner, Tier
 from gpuglass.store import Store, negotiate
@@ -82,7 +82,13 @@ class Rig:
     store: Store
     clock: ManualClock
     server: FakeServer
-    seen: dict[str, Any] = field(default_factory=dict)
+    workers: InlineWorkers | WorkerPool
+
+    def reload(self, **sections: Any) -> None:
+        """Let it run another configuration, as SIGHUP does."""
+        loaded = config(self.server.url, **sections)
+        check_reload(self.sidecar.latest, loaded)
+        self.sidecar.reload(loaded, make_units(loaded, self.workers))
 
     def advance(self, seconds: float) -> None:
         """Let time pass and read what has become due."""
@@ -105,15 +111,21 @@ class Rig:
 
 
 @contextmanager
-def sidecar_on(server: FakeServer, clock: ManualClock | None = None, **sections: Any) -> Iterator[Rig]:
+def sidecar_on(
+    server: FakeServer,
+    clock: ManualClock | None = None,
+    workers: InlineWorkers | WorkerPool | None = None,
+    **sections: Any,
+) -> Iterator[Rig]:
     """A sidecar that has not read anything yet; its clock is the server's unless the test moves one."""
+    workers = workers or InlineWorkers()
     clock = clock or ManualClock()
     server.now = lambda: clock.wall
     loaded = config(server.url, **sections)
-    store, workers = Store(catalog.owned_by(Owner.ANOMALY)), InlineWorkers()
+    store = Store(catalog.owned_by(Owner.ANOMALY))
     sidecar = Sidecar(loaded, make_units(loaded, workers), workers, store, clock)
     sidecar.open()
     try:
-        yield Rig(sidecar, store, clock, server)
+        yield Rig(sidecar, store, clock, server, workers)
     finally:
         sidecar.close()

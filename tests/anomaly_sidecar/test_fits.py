@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ import pytest
 from anomaly_sidecar import snapshot
 from anomaly_sidecar.forecast import Forecast, ForecastSettings
 from anomaly_sidecar.interface import Column, Frame, JobResult, Labels, State
-from anomaly_sidecar.workers import InlineWorkers
+from anomaly_sidecar.workers import InlineWorkers, WorkerPool
+from tests.anomaly_sidecar.fake_server import FakeServer, running
+from tests.anomaly_sidecar.rig import ManualClock, Rig, fleet, sidecar_on
 from tests.anomaly_sidecar.scripted import START, Floats, day_course
 
 STEP = 900.0
@@ -232,3 +237,56 @@ def test_without_fits_nothing_is_asked_for() -> None:
     for cell in range(values.shape[1]):
         forecast.observe(Frame(START + cell * STEP, {"value": values[:, cell]}, STEP))
     assert not workers.asked
+
+
+def test_two_sidecars_one_with_slow_processes_and_restarted_publish_the_same_forecasts(
+    tmp_path: Path,
+) -> None:
+    detector = {
+        "name": "ahead",
+        "kind": "forecast",
+        "inputs": {"value": "load"},
+        "interval": "5m",
+        "offset": "0s",
+        "history": "54h",
+        "settings": {"decomposition": True},
+    }
+    sections: dict[str, Any] = {"queries": [], "detectors": [detector], "state": {"folder": str(tmp_path)}}
+    steps = 16
+    shown: list[list[dict[Any, float]]] = [[], []]
+
+    def advance(rig: Rig, into: list[dict[Any, float]]) -> None:
+        rig.advance(300)
+        names = ("gpuglass_forecast", "gpuglass_decomposition", "gpuglass_forecast_usable")
+        into.append({key: value for name in names for key, value in rig.samples(name).items()})
+
+    with running(FakeServer(fleet(3))) as server:
+        with sidecar_on(server, queries=[], detectors=[detector]) as rig:
+            rig.advance(0)
+            for _ in range(steps):
+                advance(rig, shown[0])
+            assert rig.value("gpuglass_anomaly_fits_total", result="taken") == 3
+        clock = ManualClock()
+        pool = WorkerPool(1)
+        with sidecar_on(server, clock, pool, **sections) as rig:
+            rig.advance(0)
+            for _ in range(4):
+                advance(rig, shown[1])
+            assert pool.submit("slow", "anomaly_sidecar.workers:rest", State(meta={"seconds": 0.5}))
+        pool = WorkerPool(1)
+        with sidecar_on(server, clock, pool, **sections) as rig:
+            assert rig.sidecar.units[0].restored == "latest"
+            rig.sidecar.settle(60)
+            for step in range(4, steps):
+                if step == 11:  # the latest moment
+                    deadline = time.monotonic() + 100
+                    while pool.pending or not pool.jobs:
+                        assert time.monotonic() < deadline
+                        time.sleep(0.02)
+                advance(rig, shown[1])
+            assert rig.value("gpuglass_anomaly_fits_total", result="taken") == 3
+            assert rig.value("gpuglass_anomaly_fits_total", result="late") == 0
+    for step, (one, other) in enumerate(zip(*shown, strict=True)):
+        assert one == other, f"step {step}"
+    assert not any(dict(key).get("part") for key in shown[0][10])
+    assert any(dict(key).get("part") for key in shown[0][11]), "taken an hour after it was asked for"
