@@ -20,6 +20,8 @@ from otel_bridge.transport import Reply, Transport
 
 BATCH_SPANS = 512
 """Spans from which a batch is sent."""
+MAX_BYTES = 3 << 20
+"""Of a request: servers of gRPC take 4 MiB if not told otherwise."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds until the first and, doubled each time, the last attempt; each is varied by a fifth."""
 LOG_SECONDS = 300.0
@@ -83,16 +85,23 @@ class Exporter:
 
     def flush(self) -> None:
         """Send what there is."""
-        batch, spans = self._batch, self._spans
-        self._batch, self._spans = [], 0
-        if not batch:
-            return
+        batch, self._batch, self._spans = self._batch, [], 0
+        if batch:
+            self._send(batch)
+
+    def _send(self, batch: list[Pending]) -> None:
         try:
             body = encode(pending.trace for pending in batch)
         except (TypeError, ValueError):
             LOG.exception("%d traces could not be encoded", len(batch))
             self.counts.dropped["failed"] += len(batch)
             return
+        if len(body) > MAX_BYTES and len(batch) > 1:
+            half = len(batch) // 2
+            self._send(batch[:half])
+            self._send(batch[half:])
+            return
+        spans = sum(len(pending.trace.spans) for pending in batch)
         reply = self._deliver(body)
         counts = self.counts
         if reply is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from heapq import heappush, heappushpop
 from typing import NamedTuple
 
 from exporters.vllm.experts import ExpertsRefused, decode, imbalance
@@ -50,13 +51,17 @@ class SharedStep:
     gpu_uuid: str
     contexts: tuple[Context | None, ...]
     """For each of `sample.request_ids`; None: not known here."""
+    took_ns: int
+    """Its length, by the device where that is known."""
     kernels: records.StepKernels | None = None
 
-    @property
-    def took_ns(self) -> int:
-        """Its length, by the device where that is known."""
-        sample = self.sample
-        return sample.gpu_end_ns - sample.gpu_begin_ns or sample.at - sample.begin_ns
+    @classmethod
+    def of(
+        cls, speaker: Speaker, sample: records.StepSample, contexts: tuple[Context | None, ...]
+    ) -> SharedStep:
+        """A step as its worker told it."""
+        took = sample.gpu_end_ns - sample.gpu_begin_ns or sample.at - sample.begin_ns
+        return cls(sample, speaker.rank, speaker.gpu_uuid, contexts, took)
 
 
 class StepOf(NamedTuple):
@@ -91,7 +96,8 @@ class Steps:
 
     def __init__(self) -> None:
         self._first: StepOf | None = None
-        self._slowest: list[StepOf] = []
+        self._slowest: list[tuple[int, int, StepOf]] = []
+        """A heap by length and turn."""
         self._spread: list[StepOf] = []
         self._pinned: list[StepOf] = []
         self._stride = 1
@@ -105,13 +111,13 @@ class Steps:
             self._first = seen
             return
         slow = (limit - 1) // 3
-        self._slowest.append(seen)
-        if len(self._slowest) <= slow:
-            return
-        fastest = min(range(len(self._slowest)), key=lambda i: self._slowest[i].step.took_ns)
-        seen = self._slowest.pop(fastest)
-        room = limit - 1 - slow
         self._turn += 1
+        entry = (seen.step.took_ns, -self._turn, seen)
+        if len(self._slowest) < slow:
+            heappush(self._slowest, entry)
+            return
+        seen = heappushpop(self._slowest, entry)[2]  # with no place for slow ones, the same one
+        room = limit - 1 - slow
         if room < 1 or self._turn % self._stride:
             return
         self._spread.append(seen)
@@ -128,9 +134,8 @@ class Steps:
     def kept(self) -> list[StepOf]:
         """Those kept, oldest first."""
         first = [self._first] if self._first is not None else []
-        found = {
-            id(seen.step): seen for seen in (*first, *self._slowest, *self._spread, *self._pinned)
-        }.values()
+        slowest = [seen for _, _, seen in self._slowest]
+        found = {id(seen.step): seen for seen in (*first, *slowest, *self._spread, *self._pinned)}.values()
         return sorted(found, key=lambda seen: seen.step.sample.begin_ns)
 
 
@@ -242,7 +247,7 @@ class Journal:
             return
         found = [self._heard((speaker.instance, name), now_ns) for name in sample.request_ids]
         contexts = tuple(notes.identity.context if notes is not None else None for notes in found)
-        shared = SharedStep(sample, speaker.rank, speaker.gpu_uuid, contexts)
+        shared = SharedStep.of(speaker, sample, contexts)
         self._recent.append((speaker.number, shared))
         for index, notes in enumerate(found):
             if notes is not None:
