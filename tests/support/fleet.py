@@ -1,0 +1,592 @@
+"""A simulated fleet: every family of the catalog, with plausible values, as text for promtool's backfilling.
+
+In: how many GPUs, and times. Out: samples by family, counters as they grow. Eight GPUs are two nodes with
+two kinds of cards, four engines of two models, a training job and an idle GPU; larger fleets repeat that.
+Values follow the hour of the day and the weekday, and are the same for the same time however often and
+densely they are asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuglass import catalog
+from gpuglass.families import agent, anomaly, bridge, cuda, engine, gpu, prices, probe, tracer
+from gpuglass.family import Family, Kind, Tier
+
+FloatArray = NDArray[np.float64]
+Labels = dict[str, str]
+
+CARDS = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H800")
+PRICES = {"NVIDIA H100 80GB HBM3": 2.5, "NVIDIA A100-SXM4-80GB": 1.4, "NVIDIA H800": 2.1}
+TENANTS = ("acme", "birch", "cedar", "none")
+MODELS = ("deepseek-v3", "qwen3-moe")
+LAYERS = tuple(str(number) for number in range(8))
+EXPERTS = tuple(str(number) for number in range(16))
+GIB = float(1 << 30)
+DAY = 86_400.0
+_GRID = 60.0
+"""Seconds between the points at which counters are integrated."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "source": ("nvml",),
+    "pipe": ("tensor", "fp32"),
+    "sensor": ("gpu", "memory"),
+    "limit": ("slowdown", "shutdown"),
+    "clock": ("sm", "memory"),
+    "link": ("0", "1"),
+    "cause": ("corrected", "uncorrected"),
+    "collector": ("fast", "slow"),
+    "field": ("sm_active", "nvlink", "process_sm"),
+    "holder": ("1", "2", "3", "4", "5"),
+    "outcome": ("stop", "length", "abort", "error"),
+    "error_type": ("",),
+    "preempted": ("false", "true"),
+    "phase": ("prefill", "decode", "padding"),
+    "part": ("prefill", "decode", "padding", "dummy", "unattributed"),
+    "counting": ("exact",),
+    "layer": LAYERS,
+    "expert": EXPERTS,
+    "expert_rank": ("0", "1"),
+    "tenant": TENANTS,
+    "feature": ("host_pid", "pod_resources", "engine_socket"),
+    "handler": ("fast", "slow"),
+    "tier": ("fast", "slow"),
+    "hook": ("experts", "steps", "blocks"),
+    "horizon": ("10m", "30m"),
+    "quantile": ("0.5", "0.9"),
+    "weekday": ("every day",),
+    "from_hour": ("19",),
+    "to_hour": ("21",),
+    "query": ("tokens", "memory"),
+    "how": ("call", "exit"),
+    "result": ("ok",),
+    "link_kind": ("exact", "temporal"),
+    "place": ("1", "2"),
+    "stack": ("cudaMalloc<at::Tensor<leaky_cache",),
+    "function": ("cuMemAlloc_v2",),
+    "code": ("out_of_memory",),
+    "change": ("admitted",),
+    "outcome_of_state": ("latest",),
+    "what": ("calls",),
+    "library": ("libcuda.so.1",),
+    "clock_of_engine": ("cuda",),
+    "basis": ("now", "all"),
+    "currency": ("EUR",),
+    "example": ("false",),
+    "decision": ("ratio", "slowest", "unsampled"),
+    "kind_of_memory": ("device", "virtual"),
+    "what_of_launch": ("kernel",),
+}
+"""Values of labels that are no identity."""
+
+SPECIAL: dict[str, dict[str, tuple[str, ...]]] = {
+    gpu.THROTTLE.name: {"reason": ("power_cap", "thermal_software")},
+    gpu.THROTTLE_ACTIVE.name: {"reason": ("power_cap",)},
+    gpu.ECC_ERRORS.name: {"type": ("corrected", "uncorrected")},
+    gpu.NVLINK_ERRORS.name: {"type": ("replay",)},
+    gpu.PROCESSES.name: {"type": ("compute",)},
+    gpu.XID_ERRORS.name: {"xid": ("31",), "class": ("application",)},
+    gpu.XID_LAST.name: {"xid": ("31",)},
+    gpu.RECOVERY_ACTION.name: {"action": ("none",)},
+    gpu.CAPABILITY.name: {"state": ("unsupported",)},
+    gpu.PROCESSES_CLAMPED.name: {"kind": ("memory",)},
+    gpu.PCIE_LINK_GENERATION.name: {"kind": ("current",)},
+    gpu.PCIE_LINK_WIDTH.name: {"kind": ("current",)},
+    gpu.UP.name: {"reason": ("",)},
+    gpu.DRIVER_UP.name: {"reason": ("",)},
+    engine.REQUESTS.name: {"state": ("running", "waiting")},
+    engine.TENANT_IN_FLIGHT.name: {"state": ("running", "waiting")},
+    engine.TENANT_TOKENS.name: {"kind": ("prompt", "cached", "output", "recomputed")},
+    engine.PREEMPTIONS.name: {"cause": ("kv_full",)},
+    engine.WASTED.name: {"reason": ("recompute", "abort", "error")},
+    engine.UNTRACKED.name: {"reason": ("limit",)},
+    engine.INFO.name: {"engine_name": ("vllm",), "engine_version": ("0.32.0",)},
+    cuda.LEAK_STATE.name: {"state": ("suspected",), "why": ("",)},
+    cuda.EVENT_BYTES.name: {"reason": ("large",)},
+    cuda.EVENT_LINKS.name: {"link": ("exact", "temporal", "none")},
+    probe.CAPABILITY.name: {"state": ("unavailable",), "reason": ("kernel hides it",)},
+    probe.INFO.name: {
+        "engine_name": ("vllm",),
+        "engine_version": ("0.32.0",),
+        "software": ("torch 2.9",),
+        "device_name": ("",),
+        "gpu_claim": ("verified",),
+    },
+    probe.UP.name: {"reason": ("",)},
+    probe.SENDERS.name: {"role": ("worker", "core")},
+    probe.RECORDS.name: {"type": ("pool", "worker", "end")},
+    probe.REFUSED.name: {"reason": ("rate",)},
+    agent.CAPABILITY.name: {"state": ("missing",)},
+    agent.HTTP_REJECTED.name: {"reason": ("limit",)},
+    agent.HTTP_REQUESTS.name: {"code": ("200",)},
+    tracer.FAILURES.name: {"result": ("out_of_memory",)},
+    tracer.RUNTIME_FAILURES.name: {"result": ("2",)},
+    tracer.STATE.name: {"state": ("tracing",)},
+    tracer.HELD_BACK.name: {"reason": ("rate",)},
+    tracer.COST.name: {"part": ("traps", "programs", "collector")},
+    bridge.DROPPED.name: {"reason": ("queue_full",)},
+    bridge.ATTEMPTS.name: {"result": ("ok",)},
+    anomaly.DECOMPOSITION.name: {"part": ("trend", "seasonal", "remainder")},
+    anomaly.REPLICA_CAPACITY.name: {"source": ("measured",)},
+    anomaly.STAGE_SECONDS.name: {"stage": ("read", "analyze")},
+    anomaly.RESTORED.name: {"outcome": ("latest",)},
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    gpu.UP.name: (1, 1),
+    gpu.DRIVER_UP.name: (1, 1),
+    gpu.SNAPSHOT_AGE.name: (0.1, 0.9),
+    gpu.COLLECTOR_SUCCESS.name: (1, 1),
+    gpu.MEMORY_TOTAL.name: (80 * GIB, 80 * GIB),
+    gpu.MEMORY_RESERVED.name: (0.5 * GIB, 0.5 * GIB),
+    gpu.MEMORY_UNATTRIBUTED.name: (0.2 * GIB, 0.3 * GIB),
+    gpu.POWER.name: (70, 640),
+    gpu.POWER_LIMIT.name: (700, 700),
+    gpu.TEMPERATURE.name: (35, 78),
+    gpu.TEMPERATURE_LIMIT.name: (89, 95),
+    gpu.CLOCK.name: (3e8, 1.98e9),
+    gpu.CLOCK_MAX.name: (1.98e9, 1.98e9),
+    gpu.PROCESSES.name: (1, 2),
+    gpu.NVLINK_UP.name: (1, 1),
+    gpu.ROW_REMAP_PENDING.name: (0, 0),
+    gpu.ROW_REMAP_FAILED.name: (0, 0),
+    gpu.THROTTLE_ACTIVE.name: (0, 1),
+    gpu.ECC_ENABLED.name: (1, 1),
+    gpu.PERFORMANCE_STATE.name: (0, 0),
+    engine.UP.name: (1, 1),
+    engine.REQUESTS.name: (1, 60),
+    engine.KV_POOL_BLOCKS.name: (20_000, 20_000),
+    engine.KV_USED_BLOCKS.name: (1_000, 18_500),
+    engine.KV_CACHED_BLOCKS.name: (400, 1_400),
+    engine.KV_POOL_BYTES.name: (60 * GIB, 60 * GIB),
+    engine.KV_USED_BYTES.name: (3 * GIB, 55 * GIB),
+    engine.KV_CACHED_BYTES.name: (1 * GIB, 4 * GIB),
+    engine.KV_WASTE_BYTES.name: (0.1 * GIB, 1 * GIB),
+    engine.KV_WASTE_TOKENS.name: (300, 3_000),
+    engine.KV_HOLDER.name: (0.02, 0.3),
+    engine.TENANT_GPU_QUOTA.name: (60_000, 60_000),
+    engine.TENANT_KV_QUOTA.name: (0.5, 0.5),
+    engine.EXPERT_IMBALANCE.name: (1.3, 3.2),
+    engine.EXPERT_JAIN.name: (0.6, 0.95),
+    engine.EXPERT_HOTTEST.name: (0, 15),
+    engine.EXPERT_HOTTEST_SHARE.name: (0.08, 0.2),
+    engine.EXPERT_COUNTED.name: (1, 1),
+    engine.ALLOCATOR_ALLOCATED.name: (68 * GIB, 70 * GIB),
+    engine.ALLOCATOR_ACTIVE.name: (70 * GIB, 71 * GIB),
+    engine.ALLOCATOR_RESERVED.name: (72 * GIB, 73 * GIB),
+    engine.ALLOCATOR_INACTIVE_SPLIT.name: (1 * GIB, 9 * GIB),
+    engine.FRAGMENTATION.name: (0.03, 0.25),
+    engine.TENANTS.name: (4, 4),
+    engine.TRACKED.name: (4, 70),
+    agent.CONFIG_RELOAD_OK.name: (1, 1),
+    agent.MEMORY.name: (4e7, 7e7),
+    agent.SERIES.name: (100, 2_000),
+    bridge.UP.name: (1, 1),
+    probe.UP.name: (1, 1),
+    tracer.LIVE.name: (10 * GIB, 36 * GIB),
+    tracer.TRACKED.name: (60 * GIB, 72 * GIB),
+    tracer.UNTRACKED.name: (0.4 * GIB, 0.9 * GIB),
+    tracer.EXACT.name: (1, 1),
+    tracer.AGENT_UP.name: (1, 1),
+    tracer.COST_RATIO.name: (0.001, 0.006),
+    cuda.LEAK_SUSPECTED.name: (1, 1),
+    cuda.LEAK_RATE.name: (2e5, 4e5),
+    cuda.LEAK_GROWTH.name: (1 * GIB, 4 * GIB),
+    cuda.LEAK_PER_REQUEST.name: (1e5, 2e5),
+    cuda.LEAK_STACK.name: (1 * GIB, 3 * GIB),
+    anomaly.SCORE.name: (0.1, 1.6),
+    anomaly.READY.name: (1, 1),
+    anomaly.FORECAST.name: (800, 2_500),
+    anomaly.EXPECTED.name: (800, 1_600),
+    anomaly.LOWER.name: (400, 900),
+    anomaly.UPPER.name: (1_500, 2_600),
+    anomaly.EXHAUSTION.name: (7_000, 40_000),
+    anomaly.REPLICAS.name: (2, 5),
+    anomaly.REPLICA_CAPACITY.name: (500, 600),
+    anomaly.STRANDED.name: (20 * GIB, 30 * GIB),
+    anomaly.STRANDED_SECONDS.name: (7_000, 9_000),
+    anomaly.RECURRING_REPEATS.name: (5, 6),
+    anomaly.SILENT.name: (0, 0),
+    anomaly.STRAGGLER.name: (0, 0),
+    anomaly.STRAGGLER_RATIO.name: (0.9, 1.1),
+    anomaly.DECOMPOSITION.name: (-50, 900),
+}
+"""Least and most of a gauge; where a family is not named, the unit tells."""
+BY_UNIT = {
+    "ratio": (0.02, 0.95),
+    "bytes": (1 * GIB, 20 * GIB),
+    "seconds": (0.01, 2.0),
+    "tokens": (100, 1_000),
+    "celsius": (30, 80),
+    "hertz": (1e9, 1.9e9),
+    "watts": (60, 600),
+    "": (0, 2),
+}
+RATES: dict[str, float] = {
+    gpu.ENERGY.name: 400.0,
+    gpu.PCIE_TX.name: 2e9,
+    gpu.PCIE_RX.name: 3e9,
+    gpu.NVLINK_TX.name: 2e10,
+    gpu.NVLINK_RX.name: 2e10,
+    gpu.THROTTLE.name: 0.1,
+    gpu.ECC_ERRORS.name: 1e-4,
+    gpu.XID_ERRORS.name: 2e-4,
+    gpu.PCIE_REPLAYS.name: 1e-3,
+    gpu.NVLINK_ERRORS.name: 1e-3,
+    gpu.REMAPPED_ROWS.name: 1e-6,
+    engine.GPU_SECONDS_BY_PART.name: 0.3,
+    engine.IDLE.name: 0.05,
+    engine.HOST_FED.name: 0.02,
+    engine.TENANT_GPU.name: 0.25,
+    engine.TENANT_KV.name: 8 * GIB,
+    engine.TENANT_TOKENS.name: 300.0,
+    engine.TENANT_REQUESTS.name: 0.4,
+    engine.TENANT_PREEMPTIONS.name: 0.02,
+    engine.PREEMPTIONS.name: 0.08,
+    engine.WASTED.name: 0.01,
+    engine.KV_HOG_SECONDS.name: 0.2,
+    engine.STEP_TOKENS.name: 900.0,
+    engine.FLOPS.name: 2e14,
+    engine.EXPERT_SELECTIONS.name: 4_000.0,
+    engine.EXPERT_MATRIX.name: 250.0,
+    engine.OUT_OF_MEMORY.name: 2e-4,
+    engine.ALLOCATOR_OOMS.name: 2e-4,
+    agent.CPU.name: 0.008,
+    anomaly.CPU.name: 0.02,
+    tracer.CPU.name: 0.004,
+    tracer.FAILURES.name: 5e-4,
+    cuda.EVENT_FAILURES.name: 5e-4,
+    tracer.ALLOCATED.name: 3e8,
+    tracer.FREED.name: 3e8,
+    probe.HOOK_SECONDS.name: 0.004,
+    probe.HOOK_ERRORS.name: 1e-5,
+    probe.DROPPED.name: 0.01,
+}
+"""Mean growth per second of a counter; 0.5 where a family is not named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU of the fleet and what runs on it."""
+
+    number: int
+    node: str
+    device: str
+    uuid: str
+    card: str
+    use: str
+    """`engine`, `job` or `idle`."""
+    pod: str = ""
+    model_name: str = ""
+    rank: str = ""
+
+
+def gpus(count: int, models: int = 2) -> list[Gpu]:
+    """The fleet's GPUs: nodes of four up to eight GPUs, of eight beyond; a half has engines of two ranks."""
+    per_node = 4 if count <= 8 else 8
+    found = []
+    for number in range(count):
+        node, slot = divmod(number, per_node)
+        group, place = divmod(number, 4)
+        uuid = f"GPU-{number:08x}-0000-4000-8000-{number:012x}"
+        card = CARDS[node % len(CARDS)] if count > 8 else CARDS[node % 2]
+        use, pod, model, rank = "idle", "", "", ""
+        if place < 2:
+            use, pod, rank, model = "engine", f"serve-{group}", str(place), _model(group // 2 * 2, models)
+        elif (place == 2) == (node % 2 == 0):
+            use, pod, rank, model = "engine", f"chat-{group}", "0", _model(group // 2 * 2 + 1, models)
+        elif place == 2:
+            use, pod = "job", f"train-{group}"
+        found.append(Gpu(number, f"gpu-node-{node:03}", f"nvidia{slot}", uuid, card, use, pod, model, rank))
+    return found
+
+
+def _model(number: int, models: int) -> str:
+    number %= models
+    return MODELS[number] if number < len(MODELS) else f"model-{number:03}"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Samples of one family: values of shape (times, series)."""
+
+    name: str
+    labels: list[Labels]
+    values: FloatArray
+
+
+def load(times: FloatArray, phase: FloatArray) -> FloatArray:
+    """Load from 0 to 1, shape (times, series): the hour of the day, the weekday, and bursts of minutes."""
+    at = times[:, None]
+    day = 0.5 - 0.5 * np.cos(2 * np.pi * (at / DAY - 0.2))
+    week = np.where((at // DAY + 3) % 7 < 5, 1.0, 0.55)
+    burst = 0.5 + 0.5 * np.sin(at / 97.0 + 7 * phase) * np.sin(at / 41.0 + 13 * phase)
+    result: FloatArray = np.clip((0.15 + 0.6 * day * week) * (0.7 + 0.6 * burst), 0.0, 1.0)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All that is simulated. `start` is the time from which counters grow."""
+
+    gpus: Sequence[Gpu]
+    start: float
+    cluster: str = "eu-1"
+
+    def blocks(
+        self, times: FloatArray, tiers: Sequence[Tier], names: Sequence[str] | None = None
+    ) -> Iterator[Block]:
+        """Samples at `times` of all families of the tiers, or of those among `names`."""
+        for family in catalog.BY_NAME.values():
+            if family.tier in tiers and (names is None or family.name in names):
+                yield from self._family(family, times)
+
+    def _family(self, family: Family, times: FloatArray) -> Iterator[Block]:
+        labels, weights = self._series(family)
+        if not labels:
+            return
+        phases = np.array([_hash(sorted(own.items())) for own in labels])
+        weight = np.array(weights)
+        if family.kind is Kind.HISTOGRAM:
+            yield from self._histogram(family, labels, times, phases, weight)
+            return
+        yield Block(family.name, labels, self._values(family, labels, times, phases, weight))
+
+    def _values(
+        self, family: Family, labels: list[Labels], times: FloatArray, phases: FloatArray, weights: FloatArray
+    ) -> FloatArray:
+        name = family.name
+        if family.kind is Kind.COUNTER:
+            return self._grown(RATES.get(name, 0.5), times, phases, weights)
+        shape = load(times, phases) * weights
+        if name.endswith("_timestamp_seconds"):
+            recent = name in (anomaly.LAST_EVALUATION.name,)
+            return np.where(
+                np.ones_like(shape) > 0, times[:, None] - 30 if recent else self.start - 3_600, 0.0
+            )
+        if family.kind is Kind.INFO or family.help.startswith("Always 1"):
+            return np.ones_like(shape)
+        if name == prices.GPU_HOUR.name:
+            return np.ones_like(shape) * np.array([PRICES.get(own.get("model", ""), 2.0) for own in labels])
+        low, high = RANGES.get(name, BY_UNIT.get(family.unit, (0.0, 2.0)))
+        values: FloatArray = low + (high - low) * shape
+        if name == gpu.MEMORY_USED.name:
+            idle = {one.uuid for one in self.gpus if one.use == "idle"}
+            values = np.array([0.5 if own["gpu_uuid"] in idle else 74.0 for own in labels]) * GIB + 0 * shape
+        elif name == gpu.MEMORY_FREE.name:
+            values = 6 * GIB + 0 * shape
+        elif name == gpu.PROCESS_MEMORY.name:
+            values = 73 * GIB + 0 * shape
+        elif name == engine.FRAGMENTATION.name:
+            hour = (times[:, None] % DAY) // 3_600
+            values = values + np.where((hour >= 19) & (hour < 21), 0.25, 0.0)
+        elif name in (engine.TENANT_KV_SHARE.name, engine.EXPERT_TENANT.name):
+            values = values / len(TENANTS)
+        elif name in (engine.KV_HOLDER.name,):
+            values = values / np.array([float(own["holder"]) for own in labels])
+        elif name == engine.EXPERT_RANK.name:
+            values = 0.4 + 0.2 * phases[None, :] + 0 * shape
+        whole = (
+            family.unit == ""
+            and high - low >= 1
+            and name not in (engine.EXPERT_IMBALANCE.name, anomaly.SCORE.name)
+        )
+        return (
+            np.floor(values) if whole and name.split("_")[-1] in ("requests", "blocks", "hottest") else values
+        )
+
+    def _grown(self, rate: float, times: FloatArray, phases: FloatArray, weights: FloatArray) -> FloatArray:
+        """A counter: the integral of the load since `start`, the same at a time whichever times are asked."""
+        grid = np.arange(self.start, times[-1] + _GRID, _GRID)
+        loads = load(grid, phases) * weights
+        total = np.concatenate([np.zeros((1, loads.shape[1])), np.cumsum(loads[:-1], axis=0)]) * _GRID * rate
+        grown: FloatArray = np.column_stack([np.interp(times, grid, column) for column in total.T])
+        return grown
+
+    def _histogram(
+        self, family: Family, labels: list[Labels], times: FloatArray, phases: FloatArray, weights: FloatArray
+    ) -> Iterator[Block]:
+        count = self._grown(0.6, times, phases, weights)
+        bounds = np.array([*family.buckets, np.inf])
+        middle = len(family.buckets) * 0.6
+        share = 1 / (1 + np.exp(-(np.arange(len(bounds)) - middle) / 1.5))
+        share[-1] = 1.0
+        for bound, part in zip(bounds, share, strict=True):
+            le = "+Inf" if np.isinf(bound) else repr(float(bound))
+            yield Block(f"{family.name}_bucket", [own | {"le": le} for own in labels], np.floor(count * part))
+        yield Block(f"{family.name}_count", labels, np.floor(count))
+        yield Block(f"{family.name}_sum", labels, count * family.buckets[int(middle)])
+
+    # Which series a family has
+
+    def _series(self, family: Family) -> tuple[list[Labels], list[float]]:
+        found: list[Labels] = []
+        weights: list[float] = []
+        for own, weight in self._entities(family):
+            free = [name for name in family.labels if name not in own]
+            choices = [self._choices(family, name) for name in free]
+            for values in itertools.product(*choices):
+                labels = own | dict(zip(free, values, strict=True))
+                if family.name in (engine.INFO.name, probe.INFO.name) or "tenant" not in free:
+                    share = 1.0
+                else:
+                    share = (
+                        1.6 / (1 + TENANTS.index(labels["tenant"])) if labels["tenant"] in TENANTS else 1.0
+                    )
+                if family.kind is not Kind.COUNTER:
+                    share = 1.0
+                found.append({name: value for name, value in labels.items() if value != ""})
+                weights.append(weight * share)
+        return found, weights
+
+    def _choices(self, family: Family, label: str) -> tuple[str, ...]:
+        if label in SPECIAL.get(family.name, {}):
+            return SPECIAL[family.name][label]
+        if label == "kind":
+            return ("device", "virtual")
+        if label == "clock" and family.name.startswith("gpuglass_engine"):
+            return ("cuda",)
+        if label == "outcome" and family.kind is Kind.HISTOGRAM:
+            return ("stop",)
+        if label in CHOICES:
+            return CHOICES[label]
+        return (label,)
+
+    def _entities(self, family: Family) -> Iterator[tuple[Labels, float]]:
+        """Label sets that say whose series a family is, with how busy that is."""
+        names = set(family.labels)
+        if family.source_labels:
+            yield from self._of_sidecar(family)
+        elif "role" in names and "model_name" in names:
+            for engine_labels, members in self._engines():
+                own = engine_labels | self._target(members[0])
+                roles = {"role": "worker"} | (
+                    {"rank": "0", "sender": f"s{members[0].number}"} if "sender" in names else {}
+                )
+                gpu_label = {"gpu_uuid": members[0].uuid} if "gpu_uuid" in names else {}
+                yield own | roles | gpu_label, 1.0
+        elif "model_name" in names and "rank" in names:
+            for engine_labels, members in self._engines():
+                for member in members:
+                    yield (
+                        engine_labels | self._target(member) | {"rank": member.rank, "gpu_uuid": member.uuid},
+                        1.0,
+                    )
+        elif "model_name" in names:
+            for engine_labels, members in self._engines():
+                yield engine_labels | self._target(members[0]), 1.0
+        elif "device" in names and "gpu_uuid" in names and "mig_uuid" not in names:
+            yield from self._of_gpus(family, names)
+        elif "mig_uuid" in names:
+            if family is gpu.ALLOCATION_INFO:
+                for one in self.gpus:
+                    if one.pod:
+                        workload = self._workload(one)
+                        yield (
+                            self._target(one)
+                            | {
+                                "device": one.device,
+                                "gpu_uuid": one.uuid,
+                                "resource": "nvidia.com/gpu",
+                                "mig_uuid": "",
+                            }
+                            | workload,
+                            1.0,
+                        )
+        elif "process" in names:
+            for one in self.gpus:
+                # A process on several GPUs is one where its GPU is no label.
+                if one.pod and ("gpu_uuid" in names or one.rank != "1"):
+                    own = self._target(one) | self._workload(one) | {"process": _process(one)}
+                    yield (
+                        own
+                        | ({"pid": ""} if "pid" in names else {})
+                        | ({"gpu_uuid": one.uuid} if "gpu_uuid" in names else {}),
+                        1.0,
+                    )
+        elif family.owner.value == "anomaly":
+            yield {"job": "gpuglass-anomaly", "instance": "sidecar:9960", "cluster": self.cluster}, 1.0
+        elif "model" in names:  # prices
+            for node in self._first_of_nodes():
+                for card in sorted({one.card for one in self.gpus}):
+                    yield self._target(node) | {"model": card}, 1.0
+        else:
+            for node in self._first_of_nodes():
+                yield self._target(node), 1.0
+
+    def _of_gpus(self, family: Family, names: set[str]) -> Iterator[tuple[Labels, float]]:
+        for one in self.gpus:
+            own = self._target(one) | {"device": one.device, "gpu_uuid": one.uuid}
+            weight = {"engine": 1.0, "job": 0.7, "idle": 0.0}[one.use]
+            if family is gpu.INFO:
+                facts = (
+                    "pci_bus_id",
+                    "architecture",
+                    "compute_capability",
+                    "driver_version",
+                    "cuda_version",
+                    "mig_mode",
+                )
+                yield own | {"model": one.card} | dict.fromkeys(facts, "x"), 1.0
+            elif "process" in names:
+                if one.pod:
+                    yield own | self._workload(one) | {"process": _process(one), "pid": ""}, weight
+            elif family is gpu.ALLOCATION_INFO:
+                if one.pod:
+                    yield own | self._workload(one) | {"resource": "nvidia.com/gpu", "mig_uuid": ""}, 1.0
+            elif family in (gpu.SM_ACTIVE, gpu.SM_OCCUPANCY, gpu.GRAPHICS_ACTIVE) and "A100" in one.card:
+                continue  # GPM needs Hopper
+            else:
+                yield own, weight
+
+    def _of_sidecar(self, family: Family) -> Iterator[tuple[Labels, float]]:
+        for replica in ("sidecar-0:9960", "sidecar-1:9960"):
+            base = {"job": "gpuglass-anomaly", "instance": replica, "cluster": self.cluster}
+            if family in (anomaly.STRANDED, anomaly.STRANDED_SECONDS, anomaly.LEAK, anomaly.LEAK_RATE):
+                for one in [one for one in self.gpus if one.use == "job"][:3]:
+                    yield base | {"gpu_uuid": one.uuid, "process": "python"} | self._workload(one), 1.0
+            elif family is anomaly.EXHAUSTION:
+                for tenant in TENANTS[:3]:
+                    yield base | {"tenant": tenant}, 1.0
+            else:
+                for model in sorted({one.model_name for one in self.gpus if one.model_name})[:20]:
+                    rank = {"rank": "0"} if family in (anomaly.STRAGGLER, anomaly.STRAGGLER_RATIO) else {}
+                    yield base | {"model_name": model} | rank, 1.0
+
+    def _engines(self) -> Iterator[tuple[Labels, list[Gpu]]]:
+        serving = [one for one in self.gpus if one.use == "engine"]
+        for _, members in itertools.groupby(
+            sorted(serving, key=lambda one: (one.pod, one.rank)), key=lambda one: one.pod
+        ):
+            own = list(members)
+            workload = self._workload(own[0])
+            yield {"model_name": own[0].model_name, "engine": "0", "server": ""} | workload, own
+
+    def _first_of_nodes(self) -> Iterator[Gpu]:
+        for _, members in itertools.groupby(self.gpus, key=lambda one: one.node):
+            yield next(members)
+
+    def _target(self, one: Gpu) -> Labels:
+        return {"job": "gpuglass", "instance": f"{one.node}:9955", "cluster": self.cluster}
+
+    @staticmethod
+    def _workload(one: Gpu) -> Labels:
+        namespace = "training" if one.use == "job" else "serving"
+        return {"workload_namespace": namespace, "workload_pod": one.pod, "workload_container": "main"}
+
+
+def _process(one: Gpu) -> str:
+    return "python" if one.use == "job" else "VLLM::Worker"
+
+
+def _hash(value: Any) -> float:
+    """A number from 0 to 1 that belongs to the value, the same in every process."""
+    return crc32(repr(value).encode()) / 0xFFFFFFFF
