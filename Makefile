@@ -16,6 +16,7 @@ define GENERATORS
 	@$(BIN)/gpuglass metrics $(1) README.md
 	@$(BIN)/gpuglass rules check $(1)
 	@$(BIN)/python -m tests.support.stream_page $(1) exporters/engine_probe/STREAM.md
+	@$(BIN)/python -m otel_bridge.page $(1) otel_bridge/README.md
 endef
 
 help:  ## this list
