@@ -26,7 +26,7 @@ class FakeServer:
     world: World
     now: Callable[[], float] = time.time
     fault: str = ""
-    """One of html, 429, 500, 422, half, cut, slow, empty, nonsense; empty: none."""
+    """One of html, 429, 500, 422, half, cut, slow, drip, empty, nonsense; empty: none."""
     faulty: str = ""
     """Only expressions that contain this fail; empty: all."""
     requests: list[tuple[str, dict[str, str], dict[str, str]]] = field(default_factory=list)
@@ -56,8 +56,8 @@ def _success(kind: str, result: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(server: FakeServer, tls: ssl.SSLContext | None = None) -> Iterator[FakeServer]:
-    """Serves until the block ends."""
+def running(server: FakeServer, tls: ssl.SSLContext | None = None, port: int = 0) -> Iterator[FakeServer]:
+    """Serves until the block ends, on a free port unless it is given."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -95,12 +95,20 @@ def running(server: FakeServer, tls: ssl.SSLContext | None = None) -> Iterator[F
             if fault == "429":
                 self.send_header("Retry-After", "1")
             self.end_headers()
+            if fault == "drip":
+                for byte in body:
+                    if server.release.wait(0.05):
+                        return
+                    try:
+                        self.wfile.write(bytes([byte]))
+                    except OSError:
+                        return
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     http.daemon_threads = True
     if tls is not None:
         http.socket = tls.wrap_socket(http.socket, server_side=True)

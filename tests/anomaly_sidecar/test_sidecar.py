@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,12 @@ from anomaly_sidecar import snapshot
 from anomaly_sidecar.interface import State, StateError
 from gpuglass.errors import ConfigError
 from tests.anomaly_sidecar.fake_server import FakeServer, Series, running
-from tests.anomaly_sidecar.rig import DAY, ManualClock, fleet, load_at, sidecar_on
+from tests.anomaly_sidecar.rig import DAY, ManualClock, Rig, fleet, load_at, sidecar_on
+from tests.support.ports import free_port
 
 SCORE = "gpuglass_anomaly_score"
 READY = "gpuglass_anomaly_ready"
+LAST = "gpuglass_anomaly_last_evaluation_timestamp_seconds"
 
 
 def test_scores_carry_the_labels_of_their_series_and_the_query() -> None:
@@ -110,7 +114,7 @@ def test_half_of_the_series_replaced_again_and_again_stays_within_bounds() -> No
 
     def world(query: str, at: float) -> Series:
         names = [f"stays{n}" for n in range(10)] + [f"g{generation[0]}-{n}" for n in range(10)]
-        return {(("pod", name),): load_at(at, hash(name) % 97) for name in names}
+        return {(("pod", name),): load_at(at, zlib.crc32(name.encode()) % 97) for name in names}
 
     queries = [
         {"name": "load", "expr": "load", "history": "2d", "interval": "5m", "limit": 30, "offset": "0s"}
@@ -169,16 +173,51 @@ def test_one_failing_query_stops_no_other() -> None:
         assert rig.value("gpuglass_anomaly_evaluations_total", query="bad", result="failed") >= 1
 
 
-def test_a_server_that_does_not_answer_is_left_at_the_timeout() -> None:
-    with running(FakeServer(fleet(1))) as server, sidecar_on(server, prometheus={"timeout": "0.5s"}) as rig:
-        rig.advance(0)
-        server.fault, server.faulty = "slow", "load"
+@pytest.mark.parametrize("fault", ["slow", "drip"])
+def test_a_server_that_does_not_answer_or_only_drips_is_left_at_the_timeout(fault: str) -> None:
+    with running(FakeServer(fleet(1))) as server, sidecar_on(server, prometheus={"timeout": "1s"}) as rig:
+        until(rig, lambda: bool(rig.samples(SCORE)))  # may take longer than the timeout on a slow machine
+        last = rig.value(LAST)
+        failed = rig.samples("gpuglass_anomaly_evaluations_total", result="failed")
+        server.fault, server.faulty = fault, "load"
         rig.clock.advance(300)
-        for _ in range(40):
-            rig.sidecar.turn(0.1)
-            if rig.samples("gpuglass_anomaly_evaluations_total", result="failed"):
-                break
-        assert rig.value("gpuglass_anomaly_evaluations_total", result="failed") >= 1
+        until(rig, lambda: rig.samples("gpuglass_anomaly_evaluations_total", result="failed") != failed)
+        assert rig.value(LAST) == last
+        server.fault = ""
+        server.release.set()
+        until(rig, lambda: rig.value(LAST) > last)
+
+
+def test_a_server_that_is_down_at_the_start_and_again_later_is_waited_for_and_nothing_is_lost() -> None:
+    port = free_port()
+    server = FakeServer(fleet(2), url=f"http://127.0.0.1:{port}")
+    with sidecar_on(server) as rig:
+        for _ in range(5):
+            rig.clock.advance(30)
+            rig.sidecar.turn(0.05)
+        assert rig.sidecar.not_ready() == "the server to read from does not answer"
+        assert rig.samples(SCORE) == {}
+        with running(server, port=port):
+            until(rig, lambda: rig.sidecar.not_ready() is None)
+            assert len(rig.samples(SCORE)) == 2
+        samples, last = rig.value("gpuglass_anomaly_samples_total"), rig.value(LAST)
+        rig.clock.advance(1800)
+        until(rig, lambda: bool(rig.samples("gpuglass_anomaly_evaluations_total", result="failed")))
+        until(rig, lambda: not rig.samples(SCORE))
+        with running(server, port=port):
+            until(rig, lambda: len(rig.samples(SCORE)) == 2)
+        passed = rig.value(LAST) - last
+        assert passed >= 1800
+        assert rig.value("gpuglass_anomaly_samples_total") == samples + 2 * passed / 300
+
+
+def until(rig: Rig, holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Let time pass, for those who wait after a failure, until something holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        rig.clock.advance(5)
+        rig.sidecar.turn(0.05)
 
 
 def test_what_is_too_old_is_withdrawn() -> None:
