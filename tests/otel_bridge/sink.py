@@ -36,6 +36,8 @@ class Sink:
     answer: Callable[[], Any] = lambda: None
     """Called for each request. gRPC: what it gives is a (status code, details) to fail with; HTTP: (status,
     headers). None: all is well. It may wait."""
+    hangs_up: bool = False
+    """HTTP: the connection is closed after each answer, without a word."""
     refused_spans: int = 0
     """Told as a partial success."""
 
@@ -116,12 +118,18 @@ def http_sink(files: tuple[str, str] | None = None) -> Iterator[Sink]:
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(answer)
+            self.close_connection = self.close_connection or sink.hangs_up
 
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that hung up is what tests ask for."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     if files:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*files)

@@ -15,6 +15,7 @@ from exporters.vllm.ledger import Ledger, LedgerSettings
 from exporters.vllm.publish import fast_batch, slow_batch
 from exporters.vllm.sink import Sender
 from gpuglass import catalog
+from gpuglass.exemplar import ExemplarPolicy
 from gpuglass.family import Batch, Family, Kind, Owner, Tier
 from gpuglass.store import Store, negotiate
 from gpuglass_vllm import records
@@ -33,10 +34,11 @@ class World:
 
     settings: LedgerSettings = field(default_factory=LedgerSettings)
     now: int = 1000 * SECOND
+    policy: ExemplarPolicy | None = None
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(
-            self.settings, wall=lambda: UNIX + self.now / SECOND - 1000, clock=lambda: self.now
+            self.settings, self.policy, wall=lambda: UNIX + self.now / SECOND - 1000, clock=lambda: self.now
         )
         self.store = Store(catalog.owned_by(Owner.AGENT))
         self._fast, self._slow = Batch(), Batch()

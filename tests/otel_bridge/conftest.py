@@ -1,0 +1,83 @@
+"""What the tests of the bridge share: certificates, one Jaeger, one vLLM."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.support import tools
+from tests.support.jaeger import Jaeger, running_jaeger
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """A certificate for localhost that signs itself, and its key."""
+
+    certificate: Path
+    key: Path
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Made once."""
+    folder = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    found = Certificates(folder / "tls.crt", folder / "tls.key")
+    found.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    found.key.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return found
+
+
+@pytest.fixture(scope="session")
+def jaeger_program() -> Path:
+    """Jaeger 2; needs jaeger."""
+    program = tools.JAEGER.program("jaeger")
+    assert program, 'mark the test with @pytest.mark.needs("jaeger")'
+    return program
+
+
+@pytest.fixture(scope="session")
+def jaeger(jaeger_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
+    """One Jaeger for all tests; needs jaeger."""
+    with running_jaeger(jaeger_program, tmp_path_factory.mktemp("jaeger")) as running:
+        yield running
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder with a short name: the path of a Unix socket has at most 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="gpuglass-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
