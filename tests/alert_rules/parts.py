@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gpuglass.families import gpu, prices
+from gpuglass.families import engine, gpu, prices
 from gpuglass.family import Family
-from tests.alert_rules.world import Values, World, steady
+from tests.alert_rules.world import Values, World, growing, steady
 
 GIB = float(1 << 30)
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -79,3 +79,65 @@ def of_gpu(
     """A further series of a GPU."""
     how = values if isinstance(values, Values) else steady(values)
     world.add(family, how, NODES[node], device="nvidia0", gpu_uuid=uuid, **labels)
+
+
+BLOCKS = 1000
+
+
+def of_engine(model: str, number: str = "0") -> dict[str, str]:
+    """Labels of an engine, of its series and of its alerts."""
+    return {
+        "model_name": model,
+        "engine": number,
+        "workload_namespace": "prod",
+        "workload_pod": f"{model}-{number}",
+    }
+
+
+def engine_named(model: str, number: str = "0") -> str:
+    """How descriptions name an engine."""
+    return f"{model}, engine {number}, pod {model}-{number}"
+
+
+def add_engine(
+    world: World,
+    model: str,
+    number: str = "0",
+    node: str = "node-a",
+    *,
+    running: Values | float = 4,
+    waiting: Values | float = 0,
+    kv: Values | float = 0.5 * BLOCKS,
+    tokens: Values | float | None = None,
+) -> dict[str, str]:
+    """An engine with the probe, at work unless told otherwise; gives its labels. `kv` are blocks of 1,000,
+    `tokens` the output of tenant acme (None: a hundred a second)."""
+    labels, target = of_engine(model, number), NODES[node]
+    world.add(engine.INFO, 1, target, **labels, engine_name="vllm", engine_version="0.11.0")
+    world.add(engine.UP, 1, target, **labels)
+    world.add(engine.REQUESTS, running, target, **labels, state="running")
+    world.add(engine.REQUESTS, waiting, target, **labels, state="waiting")
+    world.add(engine.KV_POOL_BLOCKS, BLOCKS, target, **labels)
+    world.add(engine.KV_USED_BLOCKS, kv, target, **labels)
+    made = growing(100) if tokens is None else tokens
+    for kind, values in (("prompt", growing(300)), ("cached", growing(100)), ("output", made)):
+        how = values if tokens is None or kind == "output" else tokens
+        world.add(engine.TENANT_TOKENS, how, target, **labels, tenant="acme", kind=kind)
+    return labels
+
+
+def add_gpu_time(
+    world: World, labels: dict[str, str], uuid: str, node: str = "node-a", rank: str = "0", **parts: float
+) -> None:
+    """GPU-seconds a second of an engine's worker by part."""
+    for part, per_second in parts.items():
+        world.add(
+            engine.GPU_SECONDS_BY_PART,
+            growing(per_second),
+            NODES[node],
+            **labels,
+            rank=rank,
+            gpu_uuid=uuid,
+            clock="cuda",
+            part=part,
+        )

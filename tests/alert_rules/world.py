@@ -14,11 +14,12 @@ from urllib.parse import quote_plus
 
 from alert_rules import groups
 from gpuglass.family import Family, Kind, Owner, Tier
-from gpuglass.promql import Histograms, quote
-from recording_rules.settings import Settings
+from gpuglass.promql import Histograms, Metric, quote
+from recording_rules.settings import parse
 
 Layout = Literal["pair", "union"]
-RULES = groups.alerts(Settings())
+RULES = groups.alerts(parse({"alerts": {"cost": {"target_per_1k_tokens": 1}}}, "all alerts"))
+"""All alerts, also those that have to be asked for."""
 STEP = 13
 """Seconds between samples."""
 
@@ -59,8 +60,8 @@ def gone() -> Values:
     return Values("stale")
 
 
-LONGEST = 1200
-"""Samples of a series that goes on to the end: four hours and a bit."""
+LONGEST = 1400
+"""Samples of a series that goes on to the end: five hours."""
 
 Labels = Mapping[str, str]
 
@@ -108,27 +109,39 @@ class World:
         **labels: str,
     ) -> None:
         """Observations per second by value, as a histogram of the family."""
-        counts = [0.0] * (len(family.buckets) + 1)
+        self.histogram_of(
+            family, family.buckets, per_second, {**self._target(family, target), **labels}, minutes
+        )
+
+    def histogram_of(
+        self,
+        metric: Metric,
+        bounds: Sequence[float],
+        per_second: Mapping[float, float],
+        labels: Labels,
+        minutes: float = 0,
+    ) -> None:
+        """As `histogram`, of another exporter's metric with its own bounds and all labels."""
+        counts = [0.0] * (len(bounds) + 1)
         for value, rate in per_second.items():
-            index = next((i for i, bound in enumerate(family.buckets) if value <= bound), len(family.buckets))
+            index = next((i for i, bound in enumerate(bounds) if value <= bound), len(bounds))
             counts[index] += rate
         total = sum(value * rate for value, rate in per_second.items())
-        base = {**self._target(family, target), **labels}
         if self.histograms == "native":
-            self.raw(family.name, base, _native(family, counts, total, minutes))
+            self.raw(metric.name, labels, _native(bounds, counts, total, minutes))
             return
         cumulated = 0.0
-        for bound, rate in zip([*map(str, map(float, family.buckets)), "+Inf"], counts, strict=True):
+        for bound, rate in zip([*map(str, map(float, bounds)), "+Inf"], counts, strict=True):
             cumulated += rate
-            self.raw(f"{family.name}_bucket", {**base, "le": bound}, growing(cumulated, minutes))
-        self.raw(f"{family.name}_count", base, growing(cumulated, minutes))
-        self.raw(f"{family.name}_sum", base, growing(total, minutes))
+            self.raw(f"{metric.name}_bucket", {**labels, "le": bound}, growing(cumulated, minutes))
+        self.raw(f"{metric.name}_count", labels, growing(cumulated, minutes))
+        self.raw(f"{metric.name}_sum", labels, growing(total, minutes))
 
     def fires(
         self, name: str, severity: str, category: str, description: str, labels: Labels, **more: str
     ) -> None:
-        """Expect an alert with exactly these labels and annotations. `more` are annotations besides those that
-        all alerts have; their text and the description's are as people read them."""
+        """Expect an alert with exactly these labels and annotations. `more` are annotations besides those
+        that all alerts have; their text and the description's are as people read them."""
         rule = next(a for a in RULES if (a.name, a.severity) == (name, severity))
         variables = "&".join(f"var-{v}={quote_plus(labels.get(n, ''))}" for v, n in rule.variables.items())
         found = {label: value for label, value in labels.items() if value}
@@ -170,9 +183,9 @@ class World:
         return {"job": f"gpuglass{tier}", **target}
 
 
-def _native(family: Family, counts: Sequence[float], total: float, minutes: float) -> Values:
-    """A native histogram with the family's own bounds, as Prometheus 3 makes it of a classic one."""
-    bounds = " ".join(f"{bound:g}" for bound in family.buckets)
+def _native(all_bounds: Sequence[float], counts: Sequence[float], total: float, minutes: float) -> Values:
+    """A native histogram with custom bounds, as Prometheus 3 makes it of a classic one."""
+    bounds = " ".join(f"{bound:g}" for bound in all_bounds)
 
     def at(scale: float) -> str:
         filled = " ".join(f"{count * scale:.10g}" for count in counts)
