@@ -210,7 +210,10 @@ def _per_token(settings: Settings) -> Iterator[Rule]:
         aggregate("sum", CARD, select(r.MODEL_COST_PART, part="prefill")),
         aggregate("sum", CARD, select(r.MODEL_COST_PART, part=one_of(TOKEN_PARTS))),
     )
-    weighted = f"{taken_in} / ({taken_in} + {cost.output_token_weight:g} * {bare['output']} > 0)"
+    weighted = (
+        f"({taken_in} / ({taken_in} + {cost.output_token_weight:g} * {bare['output']} > 0))\n"
+        f"and on ({', '.join(CARD)}) {select(r.MODEL_COST)}"
+    )
     yield Rule(r.MODEL_PREFILL_SHARE, first_of(measured, weighted))
     everything = aggregate("sum", CARD, select(r.MODEL_CARD_TOKENS))
     enough = f"{everything} > {cost.min_tokens_per_second:g}"

@@ -47,18 +47,33 @@ CASES = [
             *(counter(gpu.NVLINK_TX, 1000, **agent(1, link=str(link))) for link in range(3)),
         ],
         [
-            values(r.DEVICE_BUSY, ("node", "gpu_uuid", "device", "model"), {
-                ("a", "GPU-0", "nvidia0", H100): 0, ("a", "GPU-1", "nvidia1", H100): 0.1,
-                ("b", "GPU-2", "nvidia0", A100): 0.2, ("b", "GPU-3", "nvidia1", A100): 0.3,
-            }),
+            values(
+                r.DEVICE_BUSY,
+                ("node", "gpu_uuid", "device", "model"),
+                {
+                    ("a", "GPU-0", "nvidia0", H100): 0,
+                    ("a", "GPU-1", "nvidia1", H100): 0.1,
+                    ("b", "GPU-2", "nvidia0", A100): 0.2,
+                    ("b", "GPU-3", "nvidia1", A100): 0.3,
+                },
+            ),
             values(r.DEVICE_SM_ACTIVE, ("gpu_uuid",), {"GPU-0": 0, "GPU-1": 0.06}),
             values(r.DEVICE_ACTIVE, ("gpu_uuid",), {"GPU-0": 0, "GPU-1": 0.06, "GPU-2": 0.2, "GPU-3": 0.3}),
-            values(r.DEVICE_MEMORY_USED, ("gpu_uuid",), {
-                "GPU-0": 0.1, "GPU-1": 0.2, "GPU-2": 0.3, "GPU-3": 0.4,
-            }),
-            values(r.DEVICE_THROTTLED, ("gpu_uuid", "reason"), {
-                (f"GPU-{n}", "power_cap"): 0.25 for n in range(4)
-            }),
+            values(
+                r.DEVICE_MEMORY_USED,
+                ("gpu_uuid",),
+                {
+                    "GPU-0": 0.1,
+                    "GPU-1": 0.2,
+                    "GPU-2": 0.3,
+                    "GPU-3": 0.4,
+                },
+            ),
+            values(
+                r.DEVICE_THROTTLED,
+                ("gpu_uuid", "reason"),
+                {(f"GPU-{n}", "power_cap"): 0.25 for n in range(4)},
+            ),
             values(r.DEVICE_PCIE_RECEIVE, ("gpu_uuid",), {f"GPU-{n}": 1000 for n in range(4)}),
             values(r.DEVICE_NVLINK_TRANSMIT, ("gpu_uuid",), {"GPU-1": 3000}),
             values(r.NODE_GPUS, ("node",), {"a": 2, "b": 2}),
@@ -149,9 +164,7 @@ CASES = [
     Case(
         "dcgm-exporter: units, both spellings of the host, and a GPU that pods share",
         [
-            *(
-                series(f.DCGM_MEMORY_USED, 1024, **dcgm(7, pod=pod, namespace="x")) for pod in ("a", "b")
-            ),
+            *(series(f.DCGM_MEMORY_USED, 1024, **dcgm(7, pod=pod, namespace="x")) for pod in ("a", "b")),
             series(f.DCGM_MEMORY_FREE, 3072, **dcgm(7)),
             series(f.DCGM_BUSY, 80, **dcgm(7)),
             series(f.DCGM_MEMORY_USED, 1024, **{**dcgm(8), "Hostname": "", "hostname": "d"}),
@@ -188,7 +201,7 @@ CASES = [
             nothing(r.DEVICE_XID.name, minute=9),
         ],
     ),
-]  # fmt: skip
+]
 
 
 def test_devices(bench: Bench) -> None:
