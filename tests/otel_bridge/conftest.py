@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.support import tools
+from tests.support import tools, vllm_environment
 from tests.support.jaeger import Jaeger, running_jaeger
+from tests.support.vllm import RunningVllm, running_vllm
+from tests.support.vllm_models import make_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +82,31 @@ def short_path() -> Iterator[Path]:
     """A folder with a short name: the path of a Unix socket has at most 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix="gpuglass-"))
     yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A real vLLM with the probe that exports traces of its own, too."""
+
+    server: RunningVllm
+    socket: Path
+    """Where it looks for its agent."""
+    jaeger: Jaeger
+
+
+@pytest.fixture(scope="session")
+def traced(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    """One server for all tests: chunked prefill, 79 blocks of 32 tokens; needs vllm and jaeger."""
+    folder = Path(tempfile.mkdtemp(prefix="gpuglass-"))
+    model = make_model("tiny-qwen3-moe", tmp_path_factory.mktemp("qwen"))
+    site = vllm_environment.site_folder(tmp_path_factory.mktemp("probe"))
+    args = (
+        *("--block-size", "32", "--num-gpu-blocks-override", "80", "--max-num-batched-tokens", "512"),
+        *("--middleware", "gpuglass_vllm.middleware.Middleware", "--otlp-traces-endpoint", jaeger.grpc),
+    )
+    env = {"OTEL_SERVICE_NAME": "vllm-itself", "OTEL_BSP_SCHEDULE_DELAY": "500", "GPUGLASS_STEPS_EVERY": "10"}
+    socket = folder / "agent.sock"
+    with running_vllm(folder, model, args, site=site, socket=socket, env=env) as server:
+        yield Traced(server, socket, jaeger)
     shutil.rmtree(folder, ignore_errors=True)

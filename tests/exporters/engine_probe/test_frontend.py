@@ -86,3 +86,52 @@ def test_requests_beyond_the_bound_are_left_to_the_core(
     for one in asked:
         probe.on_enter(one)
     assert [marks.get(one.sampling_params).counted for one in asked] == [True, False]
+
+
+def test_a_refusal_tells_the_callers_context(probe: frontend.FrontendProbe) -> None:
+    call = context.Call(trace=context.Trace("a" * 32, "b" * 16, True), external_id="x")
+    probe.on_refused(call, "admission", call.begin_ns + 5)
+    told = probe.link._events[-1]
+    assert isinstance(told, records.RequestRefused)
+    assert (told.trace_id, told.span_id, told.sampled, told.external_id) == ("a" * 32, "b" * 16, True, "x")
+
+
+@pytest.fixture
+def spans(probe: frontend.FrontendProbe, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes spans as vLLM does, with OpenTelemetry's own provider, under our hook."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+    provider = TracerProvider()
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    monkeypatch.setattr(frontend, "_spans", frontend._SpanWatch())
+    monkeypatch.setattr(frontend, "_probe", probe)
+    tracer = provider.get_tracer("vllm")
+
+    class Processor:
+        def do_tracing(self, output: Any, state: Any, stats: Any) -> None:
+            for name in state.spans:
+                tracer.start_span(name).end()
+
+    hook = hooks.table.hook("frontend.engine_spans")
+    hook.activate()
+    assert hooks.wrap(Processor, "do_tracing", hook, before=frontend._tracing, after=frontend._traced)
+    return lambda name, *made: Processor().do_tracing(
+        None, SimpleNamespace(request_id=name, spans=made), None
+    )
+
+
+def test_a_span_that_the_engine_makes_is_told(probe: frontend.FrontendProbe, spans: Any) -> None:
+    spans("r1-aaaaaaaa", "other", "llm_request")
+    spans("r2-bbbbbbbb", "llm_request")
+    first, second = probe.link._events
+    assert isinstance(first, records.RequestTraced) and isinstance(second, records.RequestTraced)
+    assert (first.request_id, second.request_id) == ("r1-aaaaaaaa", "r2-bbbbbbbb")
+    assert len({first.trace_id, second.trace_id}) == 2
+    assert len(first.trace_id) == 32 and len(first.span_id) == 16 and int(first.span_id, 16)
+
+
+def test_where_the_engine_makes_no_span_nothing_is_told(probe: frontend.FrontendProbe, spans: Any) -> None:
+    spans("r1")
+    spans("r2", "other")
+    assert not probe.link._events
