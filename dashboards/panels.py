@@ -530,7 +530,6 @@ def table(
         "showHeader": True,
         "cellHeight": "sm",
         "sortBy": [{"displayName": sort, "desc": True}] if sort else [],
-        "footer": {"show": False, "reducer": ["sum"], "countRows": False, "fields": ""},
     }
     custom = {"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False, "filterable": True}
     return _panel(
@@ -554,6 +553,43 @@ def text(
     body = {"mode": "markdown", "content": content}
     inherited: dict[str, Any] = {"title": title, "description": says, "maxDataPoints": None}
     return Visual(kind="text", body=body, width=size[0], height=size[1], **inherited)
+
+
+def matrix(
+    title: str,
+    says: str,
+    query: Query,
+    *,
+    rows: str,
+    columns: str,
+    unit: str,
+    size: tuple[int, int] = (24, 10),
+    decimals: int | None = None,
+) -> Visual:
+    """A table of two labels against each other, coloured by the latest value: the heatmap has only time on
+    its axis."""
+    grouping = {"columnField": columns, "rowField": rows, "valueField": "Value", "emptyValue": "empty"}
+    custom = {
+        "align": "center",
+        "cellOptions": {"type": "color-background", "mode": "basic"},
+        "inspect": False,
+    }
+    corner: dict[str, Any] = {"matcher": {"id": "byName", "options": f"{rows}\\{columns}"}, "properties": []}
+    corner["properties"] = [{"id": "custom.cellOptions", "value": {"type": "auto"}}]
+    return _panel(
+        "table",
+        title,
+        says,
+        [query],
+        {"showHeader": True, "cellHeight": "sm", "sortBy": []},
+        unit=unit,
+        size=size,
+        custom=custom,
+        decimals=decimals,
+        color={"mode": "continuous-blues"},
+        overrides=[corner],
+        transformations=[{"id": "groupingToMatrix", "options": grouping}],
+    )
 
 
 def traces(

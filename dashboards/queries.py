@@ -87,9 +87,20 @@ def on_gpus(expr: str, labels: str = "cluster, node, device, model") -> str:
 
 def rows(expr: str) -> str:
     """Expression by gpu_uuid as rows of a map: named and ordered by node, card and device."""
-    card = f'label_replace({scoped(records.DEVICE_INFO)}, "card", "$1", "model", "(?:NVIDIA )?(\\\\S+).*")'
+    card = f'label_replace({scoped(records.DEVICE_INFO)}, "card", "$1", "model", "(?:NVIDIA )?([^ -]+).*")'
     place = f'label_join({card}, "{PLACE}", " ", "node", "card", "device")'
     return f"{parenthesize(expr)} * on (gpu_uuid) group_left ({PLACE}, node, device, model) {place}"
+
+
+def zero_padded(expr: str, label: str) -> str:
+    """Label's numbers as three digits, so that 10 comes after 2."""
+    two = f'label_replace({expr}, "{label}", "0$1", "{label}", "(..?)")'
+    return f'label_replace({two}, "{label}", "0$1", "{label}", "(..)")'
+
+
+def named_row(expr: str, label: str) -> str:
+    """Expression with rows of a map named by a label, such as `layer 007`."""
+    return f'label_replace({expr}, "{PLACE}", "{label} $1", "{label}", "(.+)")'
 
 
 def engines_on_gpus(expr: str) -> str:
@@ -224,4 +235,5 @@ __all__ = [
     "scoped",
     "signal_map",
     "signals",
+    "zero_padded",
 ]

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 _SUFFIX = {
     "short": "",
     "none": "",
-    "watt": " W",
+    "watt": "W",
     "celsius": " °C",
     "hertz": "Hz",
     "tokens/s": " tokens/s",
@@ -41,12 +41,13 @@ def text_of(value: float, unit: str, decimals: int | None) -> str:
         return datetime.fromtimestamp(value / 1000, UTC).strftime("%Y-%m-%d %H:%M")
     scales = _BINARY if unit in ("bytes", "Bps") else _METRIC
     size, letter = next(((s, n) for s, n in scales if abs(value) >= s), (1.0, ""))
-    if unit in ("watt", "celsius", "none", "h"):
+    if unit in ("celsius", "none", "h"):
         size, letter = 1.0, ""
     suffix = _SUFFIX.get(unit, f" {unit}")
     if unit in ("bytes", "Bps"):
         return f"{_number(value / size, decimals)} {letter}{suffix if letter else suffix.replace('i', '')}"
-    return f"{_number(value / size, decimals)}{' ' if letter else ''}{letter}{suffix}"
+    letter = letter.lower() if unit == "watt" else letter
+    return f"{_number(value / size, decimals)}{' ' if letter or unit == 'watt' else ''}{letter}{suffix}"
 
 
 def _number(value: float, decimals: int | None) -> str:

@@ -207,6 +207,7 @@ def _forecast() -> tuple[Visual, ...]:
                 values=(("1", "forecast", "#0072B2"), ("0", "persistence", "#E69F00")),
             ),
             labels={"query": "Series", "horizon": "Horizon"},
+            size=(8, 8),
         ),
         timeseries(
             "Coverage",

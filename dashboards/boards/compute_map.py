@@ -151,7 +151,7 @@ def board(_: Options) -> Board:
 def map_panel(map_links: tuple[Link, ...]) -> Visual:
     """The map itself."""
     return heatmap(
-        "GPU × time: $signal",
+        "GPU × time: ${signal:text}",
         "Each row is a GPU, each column a second (up to 15 minutes; longer ranges have wider columns), the"
         " colour is the chosen signal from 0 (dark) to 1 (bright). Rows are ordered by node, card and device."
         " A dark row is an idle GPU; a missing row is one that is not read. Click a cell for links to the GPU"

@@ -14,17 +14,17 @@ from dashboards.panels import (
     heatmap,
     high_is_good,
     low_is_good,
+    matrix,
     stat,
     table,
     text,
     timeseries,
 )
-from dashboards.queries import by, over, quotient, rate, scoped
+from dashboards.queries import by, named_row, over, quotient, rate, scoped, zero_padded
 from gpuglass.families import engine
 from recording_rules import records
 
 LAYER = "model_name, engine, workload_pod, layer"
-_PADDED = '"layer", "0$1", "layer", "(.)"'
 
 
 def board(_: Options) -> Board:
@@ -99,14 +99,22 @@ def _matrix() -> tuple[Visual, ...]:
     cells = f'label_replace({share}, "cell", "layer $1", "layer", "(.+)")'
     hottest = f"topk (15, {cells})"
     by_layer = by("max", "layer", scoped(engine.EXPERT_HOTTEST_SHARE))
-    row = f'label_replace(label_replace({by_layer}, {_PADDED}), "at", "layer $1", "layer", "(.+)")'
-    experts = by("sum", "expert", rate(engine.EXPERT_MATRIX))
+    row = named_row(zero_padded(by_layer, "layer"), "layer")
     every = by("sum", "", rate(engine.EXPERT_MATRIX))
-    row_of_expert = (
-        f'label_replace(label_replace(label_replace({experts} / on () group_left () {every}, "expert", "0$1",'
-        ' "expert", "(..?)"), "expert", "0$1", "expert", "(..)"), "at", "expert $1", "expert", "(.+)")'
-    )
+    experts = f"{by('sum', 'expert', rate(engine.EXPERT_MATRIX))} / on () group_left () {every}"
+    row_of_expert = named_row(zero_padded(experts, "expert"), "expert")
+    padded = zero_padded(zero_padded(share, "layer"), "expert")
     return (
+        matrix(
+            "Layer × expert: share of each layer's choices",
+            "A row per layer, a column per expert, darker where the expert takes more of its layer's choices"
+            " now. A dark column is an expert that is hot in many layers. Needs the full matrix (see below).",
+            Query(padded, instant=True, format="table"),
+            rows="layer",
+            columns="expert",
+            unit="percentunit",
+            decimals=1,
+        ),
         heatmap(
             "Layer × time: share of the hottest expert",
             "A row per layer, brighter where one expert takes more of the layer's choices. A layer that stays"

@@ -140,16 +140,20 @@ def _work() -> tuple[Visual, ...]:
         ),
         timeseries(
             "GPU time by phase",
-            "Share of the GPU's time that engines with a probe used, by part: prefill, decode, overhead"
-            " (padding, steps without requests, gaps in which the GPU waited for the engine's CPU). A large"
-            " overhead is the engine's, not the requests'.",
-            Query(by("sum", "part", scoped(records.ENGINE_GPU_SECONDS)), "{{part}}"),
+            "Mean share of the chosen GPUs' time that engines with a probe used, by part: prefill, decode,"
+            " overhead (padding, steps without requests, gaps in which the GPU waited for the engine's CPU)."
+            " A large overhead is the engine's, not the requests'.",
+            Query(
+                f"{by('sum', 'part', scoped(records.ENGINE_GPU_SECONDS))} / on () group_left () "
+                f"{by('count', '', scoped(records.DEVICE_INFO))}",
+                "{{part}}",
+            ),
             unit="percentunit",
             stacked=True,
             size=(8, 9),
         ),
         timeseries(
-            "Power and temperature's limit",
+            "Power",
             "Power drawn and the limit in force. At the limit the clocks go down: see Throttling.",
             Query(by("sum", "", device(gpu.POWER)), "drawn", step=SECOND),
             Query(by("sum", "", device(gpu.POWER_LIMIT)), "limit"),

@@ -305,6 +305,7 @@ def _probes() -> tuple[Visual, ...]:
                 "engine_version": "Version",
                 "gpu_claim": "GPU claim",
             },
+            size=(16, 8),
         ),
     )
 
@@ -347,6 +348,7 @@ def _others() -> tuple[Visual, ...]:
             "waiting: no CUDA library was found yet. over_budget: it took its probes off.",
             Column("Tracers", by("count", "state", scoped(tracer.STATE)), "short", 0),
             labels={"state": "State"},
+            size=(8, 8),
         ),
         timeseries(
             "Sidecar: evaluations",

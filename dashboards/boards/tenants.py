@@ -199,6 +199,7 @@ def _quotas() -> tuple[Visual, ...]:
             ),
             labels={"tenant": "Tenant"},
             sort="Left",
+            size=(8, 8),
         ),
         timeseries(
             "Quota used over time",

@@ -80,7 +80,7 @@ def layers(groups: Sequence[Group]) -> list[list[Rule]]:
     """Rules by depth: each reads only families and what the layers before it recorded."""
     rules = [rule for group in groups for rule in group.rules if isinstance(rule, Rule)]
     reads = {
-        rule: (set(metrics_in(rule.expression)) & {other.record.name for other in rules} - {rule.record.name})
+        rule: set(metrics_in(rule.expression)) & {other.record.name for other in rules} - {rule.record.name}
         for rule in map(_Key, rules)
     }
     found: list[list[Rule]] = []

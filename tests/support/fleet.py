@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gpuglass import catalog
 from gpuglass.families import agent, anomaly, bridge, cuda, engine, gpu, prices, probe, tracer
 from gpuglass.family import Family, Kind, Tier
+from recording_rules.foreign import VLLM_INTER_TOKEN
 
 FloatArray = NDArray[np.float64]
 Labels = dict[str, str]
@@ -28,6 +29,27 @@ CARDS = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H800")
 PRICES = {"NVIDIA H100 80GB HBM3": 2.5, "NVIDIA A100-SXM4-80GB": 1.4, "NVIDIA H800": 2.1}
 TENANTS = ("acme", "birch", "cedar", "none")
 MODELS = ("deepseek-v3", "qwen3-moe")
+VLLM_BOUNDS = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
 LAYERS = tuple(str(number) for number in range(8))
 EXPERTS = tuple(str(number) for number in range(16))
 GIB = float(1 << 30)
@@ -154,7 +176,7 @@ RANGES: dict[str, tuple[float, float]] = {
     gpu.TEMPERATURE_LIMIT.name: (89, 95),
     gpu.CLOCK.name: (3e8, 1.98e9),
     gpu.CLOCK_MAX.name: (1.98e9, 1.98e9),
-    gpu.PROCESSES.name: (1, 2),
+    gpu.PROCESSES.name: (1, 1),
     gpu.NVLINK_UP.name: (1, 1),
     gpu.ROW_REMAP_PENDING.name: (0, 0),
     gpu.ROW_REMAP_FAILED.name: (0, 0),
@@ -214,6 +236,10 @@ RANGES: dict[str, tuple[float, float]] = {
     anomaly.STRANDED.name: (20 * GIB, 30 * GIB),
     anomaly.STRANDED_SECONDS.name: (7_000, 9_000),
     anomaly.RECURRING_REPEATS.name: (5, 6),
+    anomaly.FORECAST_USABLE.name: (1, 1),
+    anomaly.FORECAST_WAPE.name: (0.05, 0.15),
+    anomaly.FORECAST_SKILL.name: (0.05, 0.3),
+    anomaly.LEAK.name: (0, 0),
     anomaly.SILENT.name: (0, 0),
     anomaly.STRAGGLER.name: (0, 0),
     anomaly.STRAGGLER_RATIO.name: (0.9, 1.1),
@@ -221,7 +247,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 """Least and most of a gauge; where a family is not named, the unit tells."""
 BY_UNIT = {
-    "ratio": (0.02, 0.95),
+    "ratio": (0.0, 0.95),
     "bytes": (1 * GIB, 20 * GIB),
     "seconds": (0.01, 2.0),
     "tokens": (100, 1_000),
@@ -232,6 +258,17 @@ BY_UNIT = {
 }
 RATES: dict[str, float] = {
     gpu.ENERGY.name: 400.0,
+    gpu.DRIVER_LOADS.name: 3e-6,
+    gpu.RETIRED_PAGES.name: 1e-7,
+    gpu.PROCESSES_CLAMPED.name: 1e-4,
+    engine.UNTRACKED.name: 1e-5,
+    engine.ALLOCATOR_RETRIES.name: 1e-3,
+    probe.REFUSED.name: 1e-5,
+    agent.HTTP_REJECTED.name: 1e-4,
+    agent.SCRAPE_SECONDS.name: 0.002,
+    agent.SCRAPES.name: 0.6,
+    tracer.LOST.name: 1e-5,
+    bridge.DROPPED.name: 1e-5,
     gpu.PCIE_TX.name: 2e9,
     gpu.PCIE_RX.name: 3e9,
     gpu.NVLINK_TX.name: 2e10,
@@ -271,6 +308,26 @@ RATES: dict[str, float] = {
     probe.DROPPED.name: 0.01,
 }
 """Mean growth per second of a counter; 0.5 where a family is not named."""
+
+
+WEIGHTS: dict[tuple[str, str], float] = {
+    ("outcome", "stop"): 1.6,
+    ("outcome", "length"): 0.4,
+    ("outcome", "abort"): 0.03,
+    ("outcome", "error"): 0.002,
+    ("preempted", "true"): 0.04,
+    ("kind", "prompt"): 4.0,
+    ("kind", "cached"): 1.4,
+    ("kind", "recomputed"): 0.02,
+    ("part", "padding"): 0.08,
+    ("part", "dummy"): 0.02,
+    ("part", "unattributed"): 0.01,
+    ("phase", "padding"): 0.1,
+    ("reason", "thermal_software"): 0.05,
+    ("type", "uncorrected"): 0.0,
+    ("cause", "uncorrected"): 0.0,
+}
+"""How much of a counter falls on a label's value, 1 where it is not named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +406,16 @@ class Fleet:
             if family.tier in tiers and (names is None or family.name in names):
                 yield from self._family(family, times)
 
+    def foreign(self, times: FloatArray) -> Iterator[Block]:
+        """What vLLM itself exports and the probe does not: its histogram of the time between tokens."""
+        labels = [
+            {"job": "vllm", "instance": f"{own['workload_pod']}:8000", "cluster": self.cluster}
+            | {"model_name": own["model_name"], "engine": own["engine"]}
+            for own, _ in self._engines()
+        ]
+        phases, weights = np.array([_hash(sorted(own.items())) for own in labels]), np.ones(len(labels))
+        yield from self._histogram(VLLM_INTER_TOKEN.name, VLLM_BOUNDS, labels, times, phases, weights)
+
     def _family(self, family: Family, times: FloatArray) -> Iterator[Block]:
         labels, weights = self._series(family)
         if not labels:
@@ -356,7 +423,7 @@ class Fleet:
         phases = np.array([_hash(sorted(own.items())) for own in labels])
         weight = np.array(weights)
         if family.kind is Kind.HISTOGRAM:
-            yield from self._histogram(family, labels, times, phases, weight)
+            yield from self._histogram(family.name, family.buckets, labels, times, phases, weight)
             return
         yield Block(family.name, labels, self._values(family, labels, times, phases, weight))
 
@@ -412,18 +479,24 @@ class Fleet:
         return grown
 
     def _histogram(
-        self, family: Family, labels: list[Labels], times: FloatArray, phases: FloatArray, weights: FloatArray
+        self,
+        name: str,
+        buckets: Sequence[float],
+        labels: list[Labels],
+        times: FloatArray,
+        phases: FloatArray,
+        weights: FloatArray,
     ) -> Iterator[Block]:
-        count = self._grown(0.6, times, phases, weights)
-        bounds = np.array([*family.buckets, np.inf])
-        middle = len(family.buckets) * 0.6
-        share = 1 / (1 + np.exp(-(np.arange(len(bounds)) - middle) / 1.5))
+        count = self._grown(6.0, times, phases, weights)
+        bounds = np.array([*buckets, np.inf])
+        middle = len(buckets) * 0.6
+        share = 1 / (1 + np.exp(-(np.arange(len(bounds)) - middle) / 0.8))
         share[-1] = 1.0
         for bound, part in zip(bounds, share, strict=True):
             le = "+Inf" if np.isinf(bound) else repr(float(bound))
-            yield Block(f"{family.name}_bucket", [own | {"le": le} for own in labels], np.floor(count * part))
-        yield Block(f"{family.name}_count", labels, np.floor(count))
-        yield Block(f"{family.name}_sum", labels, count * family.buckets[int(middle)])
+            yield Block(f"{name}_bucket", [own | {"le": le} for own in labels], count * part)
+        yield Block(f"{name}_count", labels, count)
+        yield Block(f"{name}_sum", labels, count * buckets[int(middle)])
 
     # Which series a family has
 
@@ -435,17 +508,22 @@ class Fleet:
             choices = [self._choices(family, name) for name in free]
             for values in itertools.product(*choices):
                 labels = own | dict(zip(free, values, strict=True))
-                if family.name in (engine.INFO.name, probe.INFO.name) or "tenant" not in free:
-                    share = 1.0
-                else:
-                    share = (
-                        1.6 / (1 + TENANTS.index(labels["tenant"])) if labels["tenant"] in TENANTS else 1.0
-                    )
-                if family.kind is not Kind.COUNTER:
-                    share = 1.0
+                share = self._share(labels) if family.kind in (Kind.COUNTER, Kind.HISTOGRAM) else 1.0
                 found.append({name: value for name, value in labels.items() if value != ""})
                 weights.append(weight * share)
         return found, weights
+
+    @staticmethod
+    def _share(labels: Labels) -> float:
+        """How a counter's growth is spread over label values: tenants fall off, few experts are hot."""
+        share = 1.0
+        for name, value in labels.items():
+            share *= WEIGHTS.get((name, value), 1.0)
+        if labels.get("tenant") in TENANTS:
+            share *= 1.6 / (1 + TENANTS.index(labels["tenant"]))
+        if "expert" in labels:
+            share *= 0.4 + 2.5 * _hash((labels["layer"], labels["expert"], labels["model_name"])) ** 6
+        return share
 
     def _choices(self, family: Family, label: str) -> tuple[str, ...]:
         if label in SPECIAL.get(family.name, {}):
