@@ -1,4 +1,4 @@
-"""Real vLLM, agent, Jaeger, Prometheus: from the client's span to the engine's steps, and an exemplar back."""
+"""Real vLLM, agent, Jaeger, Prometheus: from the client's span to the engine's steps; an exemplar back."""
 
 from __future__ import annotations
 
