@@ -1,4 +1,4 @@
-"""Truth of spans on a real GPU: kernels of a decode step under CUDA graphs, what a long prompt does to others.
+"""Truth of spans on a real GPU: kernels of a decode step in CUDA graphs, what a long prompt does to others.
 
     python tests/benchmarks/otel_bridge_gpu.py [--quick]
 

@@ -443,6 +443,7 @@ _BOUNDS = {
     "engines.experts.window": (10, 3600),
     "tracer.interval": (0.1, 300),
     "tracer.reconcile_interval": (0.1, 600),
+    "traces.timeout": (0.1, 60),
 }
 _QUOTAS = st.dictionaries(
     st.text(st.characters(categories=("L", "N")), min_size=1, max_size=64),
@@ -469,6 +470,10 @@ def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(["", "/run/a b/\u00e9.sock"])
     if key == "prices.currency":
         return st.sampled_from(["USD", "credits"])
+    if key == "traces.endpoint":
+        return st.sampled_from(["", "http://[::1]:4317", "https://collector.example/otlp"])
+    if key in ("traces.tls.cert_file", "traces.tls.key_file"):
+        return st.just("/tls/\u00e9 #1")  # one needs the other
     if kind is str:
         return st.text(st.characters())
     if get_origin(kind) is Literal:
@@ -478,9 +483,11 @@ def _values(key: str, kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(of, max_size=3).map(tuple)
     if kind is Mode:
         return st.integers(0, 0o777).map(lambda bits: Mode(f"{bits:04o}"))
+    if key == "traces.resource":
+        return st.dictionaries(st.text(st.characters()), st.text(st.characters()), max_size=3)
     if get_origin(kind) is dict:
         return _QUOTAS if key == "engines.tenants.quotas" else _PRICES
-    if key.startswith("tracer.") and get_origin(kind) is Annotated:
+    if key.startswith(("tracer.", "traces.")) and kind != config.Count and get_origin(kind) is Annotated:
         of, meta = get_args(kind)
         return st.floats(meta.ge, meta.le) if of is float else st.integers(meta.ge, meta.le)
     assert kind == config.Count, key
