@@ -117,15 +117,19 @@ def traces(kind: str) -> dict[str, Any]:
     }
 
 
-def alerts(**matchers: str) -> str:
-    """A selector of the pack's own alerts: they all have one of our categories."""
-    inner = ", ".join(f'{name}="{value}"' for name, value in matchers.items() if name != "category")
-    category = (
-        f'category="{matchers["category"]}"'
-        if "category" in matchers
-        else f'category=~"{"|".join(CATEGORIES)}"'
-    )
-    return f'{ALERTS}{{{", ".join(filter(None, (category, inner)))}, cluster=~"$cluster"}}'
+ABOUT = ("node", "gpu_uuid", "model_name", "tenant")
+
+
+def alerts(*about: str, **matchers: str) -> str:
+    """A selector of the pack's own alerts: they all have one of our categories. An alert that lacks a
+    label of
+    `about` is shown whatever is chosen for it: one about a model is about no GPU."""
+    matchers = {"category": ""} | matchers
+    parts = [f'{name}="{value}"' for name, value in matchers.items() if value]
+    if not matchers["category"]:
+        parts.append(f'category=~"{"|".join(CATEGORIES)}"')
+    parts += [f'{name}=~"${name}|"' for name in about]
+    return f'{ALERTS}{{{", ".join(parts)}, cluster=~"$cluster"}}'
 
 
 def marks() -> list[dict[str, Any]]:

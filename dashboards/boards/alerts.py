@@ -17,12 +17,17 @@ from dashboards.panels import (
     value_mapping,
 )
 from dashboards.queries import by, scoped
-from dashboards.variables import alerts
+from dashboards.variables import ABOUT, alerts
+from gpuglass.promql import regex
 from recording_rules import records
 
 _ABOUT = "alertname, severity, category"
 _WHERE = f"{_ABOUT}, cluster, node, device, gpu_uuid, model_name, tenant, workload_pod"
 _STATES = value_mapping((("1", "pending", "#E69F00"), ("2", "firing", "#D55E00")))
+
+
+_ADVICE = scoped(records.ADVICE, **{name: regex(f"${name}|") for name in ("node", "gpu_uuid", "model_name")})
+"""Advice about the chosen things, and about those that have no such label."""
 
 
 def board(_: Options) -> Board:
@@ -38,7 +43,7 @@ def board(_: Options) -> Board:
 
 
 def _count(**matchers: str) -> str:
-    return f"count ({alerts(alertstate='firing', **matchers)}) or vector(0)"
+    return f"count ({alerts(*ABOUT, alertstate='firing', **matchers)}) or vector(0)"
 
 
 def _now() -> tuple[Visual, ...]:
@@ -78,7 +83,7 @@ def _now() -> tuple[Visual, ...]:
         stat(
             "Advice",
             "Changes that the data supports.",
-            Query(f"count ({scoped(records.ADVICE)}) or vector(0)"),
+            Query(f"count ({_ADVICE}) or vector(0)"),
             unit="short",
             size=(4, 4),
         ),
@@ -86,8 +91,11 @@ def _now() -> tuple[Visual, ...]:
 
 
 def _alerts() -> tuple[Visual, ...]:
-    firing = by("max", _WHERE, alerts(alertstate="firing"))
-    state = f"max by ({_ABOUT}) ({alerts(alertstate='firing')} * 2 or {alerts(alertstate='pending')})"
+    firing = by("max", _WHERE, alerts(*ABOUT, alertstate="firing"))
+    state = (
+        f"max by ({_ABOUT}) ({alerts(*ABOUT, alertstate='firing')} * 2 or"
+        f" {alerts(*ABOUT, alertstate='pending')})"
+    )
     return (
         table(
             "Firing",
@@ -123,7 +131,7 @@ def _alerts() -> tuple[Visual, ...]:
         timeseries(
             "Firing by category",
             "How many fire at once.",
-            Query(by("count", "category", alerts(alertstate="firing")), "{{category}}"),
+            Query(by("count", "category", alerts(*ABOUT, alertstate="firing")), "{{category}}"),
             unit="short",
             stacked=True,
             size=(8, 12),
@@ -138,7 +146,7 @@ def _advice() -> tuple[Visual, ...]:
             "Advice",
             "Changes of configuration that the data supports. id names the section of the advice runbook, the"
             " value is the evidence that is explained there. Two of them never contradict each other.",
-            Column("Evidence", by("max", about, scoped(records.ADVICE)), "short", 3),
+            Column("Evidence", by("max", about, _ADVICE), "short", 3),
             labels={
                 "id": "Advice",
                 "model_name": "Model",
@@ -159,9 +167,7 @@ def _advice() -> tuple[Visual, ...]:
         timeline(
             "Advice over time",
             "Since when each advice holds.",
-            Query(
-                by("count", "id, model_name", scoped(records.ADVICE)) + " > bool 0", "{{id}} {{model_name}}"
-            ),
+            Query(by("count", "id, model_name", _ADVICE) + " > bool 0", "{{id}} {{model_name}}"),
             mappings=value_mapping((("1", "advised", "#56B4E9"),)),
             size=(24, 8),
         ),
