@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from anomaly_sidecar.interface import FloatArray, Labels, RowArray
 from anomaly_sidecar.reader import labels_of
 
-_GROWTH = 256
+_GROWTH = 16
+"""Rows to begin with: what a row costs, it costs empty, too."""
 _KEYS_PER_ROW = 4
 """Spellings of label sets remembered per row, before all are read anew."""
 

@@ -179,7 +179,11 @@ class Unit:
             times = request.start + step * np.arange(round((request.end - request.start) / step) + 1)
         values = self._joined(answers, len(times), step)
         joined = time.perf_counter()
-        for index, at in enumerate(times.tolist()):
+        # What lies before the first sample of all says nothing, and costs as much as the rest.
+        primary = next(iter(values.values()))
+        known = np.isfinite(primary).any(axis=1)
+        begin = int(known.argmax()) if self.last is None and known.any() else 0
+        for index, at in list(enumerate(times.tolist()))[begin:]:
             by_role = {role: array[index] for role, array in values.items()}
             self.analyzer.observe(Frame(at, by_role, step, live))
         self.last = times.tolist()[-1]

@@ -45,9 +45,13 @@ class Running:
             time.sleep(0.05)
         return found
 
-    def wait(self, beginning: str, value: float, seconds: float = 100) -> None:
-        """Wait until a line that begins so has the value."""
-        self.wait_until(beginning, lambda found: value in found.values(), seconds)
+    def wait(self, beginning: str, value: float, *labels: str, seconds: float = 100) -> None:
+        """Wait until a line that begins so, and holds these `labels` as it writes them, has the value."""
+
+        def holds(found: dict[str, float]) -> bool:
+            return any(own == value and all(label in head for label in labels) for head, own in found.items())
+
+        self.wait_until(beginning, holds, seconds)
 
     def said(self, words: str, seconds: float = 100) -> str:
         """The next line with these words on standard error."""

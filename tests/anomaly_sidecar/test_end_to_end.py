@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from anomaly_sidecar.presets import PRESETS
+from tests.anomaly_sidecar.process import running_sidecar
 from tests.support import history
 from tests.support.ports import free_port
 from tests.support.prometheus import Prometheus, promtool_check_metrics, running_prometheus
@@ -121,6 +122,38 @@ def test_prometheus_gets_scores_with_the_labels_of_the_series(
         with sidecar(config) as process:
             assert process.stderr is not None
             assert "4 series restored" in next(line for line in process.stderr if "load: " in line)
+
+
+@pytest.mark.needs("debian-prometheus")
+def test_demand_and_replicas_of_vllm_by_the_preset_alone(
+    debian_prometheus: Path, debian_promtool: Path, tmp_path: Path
+) -> None:
+    """Two servers that run 4 requests each while 3 wait, and give 100 tokens per second."""
+    now = time.time()
+    times = np.arange((now - 4 * 3600) // 60 * 60, now + 60, 60.0)
+    names = [{"model_name": "m", "engine": "0", "job": "vllm", "instance": f"pod-{n}"} for n in range(2)]
+    for metric, values in (
+        ("vllm:num_requests_running", np.full((len(times), 2), 4.0)),
+        ("vllm:num_requests_waiting", np.full((len(times), 2), 3.0)),
+        ("vllm:generation_tokens_total", np.repeat((times - times[0])[:, None], 2, axis=1) * 100.0),
+    ):
+        history.write(tmp_path, debian_promtool, metric, names, times, values)
+    port, config = free_port(), tmp_path / "anomaly.yaml"
+    flags = (history.RETENTION, "--query.lookback-delta=1h")
+    with running_prometheus(debian_prometheus, [], tmp_path, flags=flags) as server:
+        document = {
+            "server": {"listen": f"127.0.0.1:{port}"},
+            "prometheus": {"url": server.url},
+            "presets": ["vllm"],
+        }
+        config.write_text(yaml.safe_dump(document))
+        with running_sidecar(config, port) as sidecar:
+            labels = 'query="vllm_demand_forecast"', 'horizon="30m"', 'quantile="0.5"', 'model_name="m"'
+            sidecar.wait("gpuglass_forecast{", 14.0, *labels)
+            for basis in ("now", "all"):  # 14 open requests, 4 on each
+                sidecar.wait("gpuglass_replicas_needed{", 4.0, f'basis="{basis}"', 'query="vllm_replicas"')
+            (capacity,) = sidecar.samples("gpuglass_replica_capacity{").values()
+            assert capacity == pytest.approx(100, rel=0.01)
 
 
 @pytest.mark.needs("debian-prometheus")
