@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from gpuglass.command import Command
-from gpuglass.errors import UserError
+from gpuglass.errors import ConfigError, UserError
 
 _EXAMPLES = """\
   gpuglass dashboards build --out DIR                    one JSON file per dashboard, for import or
@@ -76,7 +76,7 @@ def _build(arguments: Namespace) -> int:
     from dashboards.build import configmaps, files
 
     if arguments.namespace and arguments.format != "configmap":
-        raise UserError(
+        raise ConfigError(
             f"--namespace {arguments.namespace}: JSON files have no namespace; add --format configmap"
         )
     options = Options(arguments.traces, arguments.datasource_uid, arguments.histograms)
@@ -112,12 +112,12 @@ def _preview(arguments: Namespace) -> int:
     for setting in arguments.var:
         name, equals, value = setting.partition("=")
         if not equals or not name:
-            raise UserError(f"--var {setting}: write it as NAME=VALUE, as in --var model_name=deepseek.*")
+            raise ConfigError(f"--var {setting}: write it as NAME=VALUE, as in --var model_name=deepseek.*")
         chosen[name] = value
     known = {board.uid: board for board in boards(Options())}
     for uid in arguments.only:
         if uid not in known:
-            raise UserError(f"--only {uid}: no such dashboard; there are {', '.join(known)}")
+            raise ConfigError(f"--only {uid}: no such dashboard; there are {', '.join(known)}")
     end = arguments.at or time.time()
     client = Client(arguments.prometheus.rstrip("/"))
     try:
@@ -128,7 +128,7 @@ def _preview(arguments: Namespace) -> int:
         data = as_json(known[uid], Options())
         unknown = chosen.keys() - {entry["name"] for entry in data["templating"]["list"]}
         if unknown:
-            raise UserError(f"--var {sorted(unknown)[0]}: {uid} has no such variable")
+            raise ConfigError(f"--var {sorted(unknown)[0]}: {uid} has no such variable")
         span = Range(end - seconds(known[uid].start.removeprefix("now-")), end)
         path = arguments.out / f"{uid}.png"
         draw(data, client, span, defaults_of(data) | chosen, path)
