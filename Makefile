@@ -15,6 +15,7 @@ QUICK ?=
 define GENERATORS
 	@$(BIN)/gpuglass metrics $(1) README.md
 	@$(BIN)/gpuglass rules check $(1)
+	@$(BIN)/gpuglass dashboards check $(1)
 	@$(BIN)/python -m tests.support.stream_page $(1) exporters/engine_probe/STREAM.md
 	@$(BIN)/python -m otel_bridge.page $(1) otel_bridge/README.md
 endef
@@ -35,10 +36,10 @@ lint: .venv/.lint  ## checks style, format and types
 	@$(BIN)/mypy
 	@$(BIN)/mypy --explicit-package-bases tests/support tests/conftest.py
 
-generated: .venv/.demo  ## writes the generated files anew
+generated: .venv/.test  ## writes the generated files anew
 	$(call GENERATORS,--write)
 
-check-generated: .venv/.demo  ## fails if a generated file differs from what would be written
+check-generated: .venv/.test  ## fails if a generated file differs from what would be written
 	$(call GENERATORS,--check)
 
 bpf: ebpf/program/trace.x86_64.o ebpf/program/trace.aarch64.o  ## compiles the CUDA tracer's program (needs clang, llvm, libbpf-dev, linux-libc-dev)
@@ -73,7 +74,7 @@ clean:  ## removes what make made in this folder; the caches stay
 	@touch $@
 
 .venv/.test: .venv/.demo
-	@$(BIN)/python -m pip install -qq --group test -e '.[anomaly,traces]'
+	@$(BIN)/python -m pip install -qq --group test -e '.[anomaly,traces,dashboards]'
 	@touch $@
 
 .venv/.lint: .venv/.test

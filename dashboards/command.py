@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from gpuglass.command import Command
@@ -34,6 +35,9 @@ def _configure(parser: ArgumentParser) -> None:
     check.add_argument(
         "--dir", type=Path, metavar="DIR", help="folder of the JSON files; default: the installed ones"
     )
+    form = check.add_mutually_exclusive_group()
+    form.add_argument("--check", action="store_true", help="change nothing; the default")
+    form.add_argument("--write", action="store_true", help="write what is out of date first")
     for parsed in (build, check):
         parsed.add_argument("--traces", choices=["tempo", "jaeger"], default="tempo", help="default: tempo")
         parsed.add_argument(
@@ -81,22 +85,29 @@ def _build(arguments: Namespace) -> int:
         )
     options = Options(arguments.traces, arguments.datasource_uid, arguments.histograms)
     made = configmaps(options, arguments.namespace) if arguments.format == "configmap" else files(options)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for name, text in made.items():
-            (arguments.out / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {arguments.out}: cannot write there: {error.strerror}") from None
+    _write(arguments.out, "--out", made)
     print(f"{len(made)} dashboards written to {arguments.out}", file=sys.stderr)
     return 0
 
 
+def _write(folder: Path, setting: str, made: Mapping[str, str]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in made.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{setting} {folder}: cannot write there: {error.strerror}") from None
+
+
 def _check(arguments: Namespace) -> int:
     from dashboards.board import Options
-    from dashboards.build import GENERATED
+    from dashboards.build import GENERATED, files
     from dashboards.check import check
 
-    faults = check(arguments.dir or GENERATED, Options(arguments.traces, "", arguments.histograms))
+    options, folder = Options(arguments.traces, "", arguments.histograms), arguments.dir or GENERATED
+    if arguments.write:
+        _write(folder, "--dir", files(options))
+    faults = check(folder, options)
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0

@@ -37,6 +37,8 @@ def test_check_tells_faults_and_fails(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert main(["dashboards", "check", "--dir", str(tmp_path)]) == 1
     assert "is out of date; run `gpuglass dashboards build" in capsys.readouterr().err
+    assert main(["dashboards", "check", "--dir", str(tmp_path), "--write"]) == 0
+    assert main(["dashboards", "check", "--dir", str(tmp_path), "--check"]) == 0
 
 
 @pytest.mark.parametrize(

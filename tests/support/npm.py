@@ -1,7 +1,7 @@
 """Installs what tests need from npm, once per machine.
 
-In: `tests/tools/NAME/package.json` and `package-lock.json`, which pin content by its hash. Out: a folder in the
-cache with `node_modules`; it appears only when complete.
+In: `tests/tools/NAME/package.json` and `package-lock.json`, which pin content by its hash. Out: a folder
+in the cache with `node_modules`; it appears only when complete.
 """
 
 from __future__ import annotations
