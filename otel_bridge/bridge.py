@@ -66,10 +66,8 @@ class TracesPart(Part):
         self._closing, self._wake = threading.Event(), threading.Event()
         self.exporter = Exporter(transport, float(config.timeout), self._closing)
         self._sampler: Sampler[Item] = Sampler(config)
-        self._common: Attributes = (
-            (names.HOST_NAME, socket.gethostname()),
-            *sorted(config.resource.items()),
-        )
+        common = {names.HOST_NAME: socket.gethostname()} | config.resource
+        self._common: Attributes = tuple(sorted(common.items()))
         self._lock = threading.Lock()
         """Guards the journal, the queue and `_pids`."""
         self.journal = Journal(config.steps)
@@ -266,7 +264,10 @@ class TracesPart(Part):
 
 
 def _identity(request: EndedRequest, notes: Notes | None) -> Identity:
-    if notes is not None:
-        return notes.identity
+    if notes is not None and notes.place.identity is not None:
+        return notes.place.identity
     name = request.request_id or f"refused {request.end_ns} {request.external_id}"
-    return identify(request.instance, name, request.trace_id, request.span_id, request.sampled)
+    found = identify(request.instance, name, request.trace_id, request.span_id, request.sampled)
+    if notes is not None:
+        notes.place.identity = found  # steps that it shared with others can link to it
+    return found

@@ -52,8 +52,8 @@ def present(*pairs: tuple[str, Value | None]) -> Attributes:
 def resource(request: EndedRequest, service_name: str, common: Attributes) -> Attributes:
     """Attributes of what a request's spans are about: one engine on one node."""
     namespace, pod, container = request.workload
-    return (
-        *present(
+    found = dict(
+        present(
             (names.SERVICE_NAME, request.server or service_name),
             (names.SERVICE_INSTANCE, request.instance),
             (names.SERVICE_VERSION, request.software[1]),
@@ -62,9 +62,9 @@ def resource(request: EndedRequest, service_name: str, common: Attributes) -> At
             (names.K8S_CONTAINER, container),
             (names.ENGINE, request.engine),
             (names.GPU_UUIDS, request.gpu_uuids or None),
-        ),
-        *common,
+        )
     )
+    return tuple((found | dict(common)).items())  # what the operator says holds
 
 
 def build(
@@ -283,7 +283,8 @@ def step_links(shared: SharedStep, index: int) -> tuple[Link, ...]:
     sample = shared.sample
     phases, gpu_ns = sample.phases, sample.gpu_ns
     found = []
-    for other, context in enumerate(shared.contexts):
+    for other, place in enumerate(shared.places):
+        context = place.context if place is not None else None
         if context is None or other == index:
             continue
         told: Attributes = (

@@ -1,8 +1,9 @@
 """What is noted of requests while they run: steps, pieces of the prompt, events. Bounded in every direction.
 
 In flow records of the stream as they come. Out flow `Notes`, one per request, which `build` turns into spans
-when the request has ended. A step is kept once and shared by the notes of its requests. Not locked: the
-caller serialises all calls.
+when the request has ended. A step is kept once and shared by the notes of its requests. Processes of an
+engine are heard in any order, so a request may be known by its steps before anybody says who asked. Not
+locked: the caller serialises all calls.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from otel_bridge.model import Attributes, Context
 
 MAX_OPEN = 20_000
 """Requests with notes; of more, those that were not heard of for longest are forgotten."""
+REMEMBERED = 20_000
+"""Requests known to be over, so that a late word does not begin new notes."""
 FORGET_NS = 900_000_000_000
 """How long nothing may be heard of a request; as long as the ledger waits."""
 MAX_CHUNKS = 32
@@ -42,6 +45,20 @@ LARGE_BYTES = 64 << 20
 BATCH_SHOWN = 16
 
 
+class Place:
+    """Where a request's span is, once somebody has said who asked. All that a step keeps of its requests."""
+
+    __slots__ = ("identity",)
+
+    def __init__(self) -> None:
+        self.identity: Identity | None = None
+
+    @property
+    def context(self) -> Context | None:
+        """Its span; None: not known."""
+        return self.identity.context if self.identity is not None else None
+
+
 @dataclass(slots=True)
 class SharedStep:
     """A step that was told, with the spans of its requests."""
@@ -49,19 +66,17 @@ class SharedStep:
     sample: records.StepSample
     rank: int
     gpu_uuid: str
-    contexts: tuple[Context | None, ...]
-    """For each of `sample.request_ids`; None: not known here."""
+    places: tuple[Place | None, ...]
+    """For each of `sample.request_ids`; None: it is over."""
     took_ns: int
     """Its length, by the device where that is known."""
     kernels: records.StepKernels | None = None
 
     @classmethod
-    def of(
-        cls, speaker: Speaker, sample: records.StepSample, contexts: tuple[Context | None, ...]
-    ) -> SharedStep:
+    def of(cls, speaker: Speaker, sample: records.StepSample, places: tuple[Place | None, ...]) -> SharedStep:
         """A step as its worker told it."""
         took = sample.gpu_end_ns - sample.gpu_begin_ns or sample.at - sample.begin_ns
-        return cls(sample, speaker.rank, speaker.gpu_uuid, contexts, took)
+        return cls(sample, speaker.rank, speaker.gpu_uuid, places, took)
 
 
 class StepOf(NamedTuple):
@@ -142,10 +157,10 @@ class Steps:
 class Notes:
     """What is noted of one request."""
 
-    __slots__ = ("chunks", "engine_span", "events", "heard_at", "identity", "steps")
+    __slots__ = ("chunks", "engine_span", "events", "heard_at", "place", "steps")
 
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
+    def __init__(self) -> None:
+        self.place = Place()
         self.heard_at = 0
         self.steps: Steps | None = None
         self.chunks: list[Chunk] = []
@@ -190,6 +205,7 @@ class Journal:
     """Requests whose notes were thrown away."""
     _open: OrderedDict[tuple[str, str], Notes] = field(default_factory=OrderedDict)
     """By instance and request, those heard of last at the end."""
+    _done: OrderedDict[tuple[str, str], None] = field(default_factory=OrderedDict)
     _recent: deque[tuple[int, SharedStep]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     """With the number of their worker's connection."""
     _experts: OrderedDict[tuple[str, str], deque[Reading]] = field(default_factory=OrderedDict)
@@ -201,21 +217,19 @@ class Journal:
 
     def start(self, instance: str, record: records.RequestStart, now_ns: int) -> None:
         """A request entered the engine; told again when the agent was away."""
-        key = (instance, record.request_id)
-        if key in self._open:
-            self._heard(key, now_ns)
-            return
-        notes = self._open[key] = Notes(
-            identify(instance, record.request_id, record.trace_id, record.span_id, record.sampled)
-        )
-        notes.heard_at = now_ns
-        if len(self._open) > MAX_OPEN:
-            self._open.popitem(last=False)
-            self.forgotten += 1
+        notes = self._heard((instance, record.request_id), now_ns)
+        if notes is not None and notes.place.identity is None:
+            notes.place.identity = identify(
+                instance, record.request_id, record.trace_id, record.span_id, record.sampled
+            )
 
     def take(self, instance: str, request_id: str) -> Notes | None:
         """The notes of a request that has ended, which are not kept any longer."""
-        return self._open.pop((instance, request_id), None)
+        key = (instance, request_id)
+        self._done[key] = None
+        if len(self._done) > REMEMBERED:
+            self._done.popitem(last=False)
+        return self._open.pop(key, None)
 
     def sweep(self, now_ns: int) -> None:
         """Forget requests of which nothing was heard for long."""
@@ -227,10 +241,18 @@ class Journal:
             self.forgotten += 1
 
     def _heard(self, key: tuple[str, str], now_ns: int) -> Notes | None:
+        """The notes of a request, new ones if need be; None if it is over."""
         notes = self._open.get(key)
         if notes is not None:
-            notes.heard_at = now_ns
             self._open.move_to_end(key)
+        elif key in self._done:
+            return None
+        else:
+            notes = self._open[key] = Notes()
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
+                self.forgotten += 1
+        notes.heard_at = now_ns
         return notes
 
     def traced(self, instance: str, record: records.RequestTraced, now_ns: int) -> None:
@@ -246,8 +268,8 @@ class Journal:
         if speaker.rank > 0:
             return
         found = [self._heard((speaker.instance, name), now_ns) for name in sample.request_ids]
-        contexts = tuple(notes.identity.context if notes is not None else None for notes in found)
-        shared = SharedStep.of(speaker, sample, contexts)
+        places = tuple(notes.place if notes is not None else None for notes in found)
+        shared = SharedStep.of(speaker, sample, places)
         self._recent.append((speaker.number, shared))
         for index, notes in enumerate(found):
             if notes is not None:
@@ -313,9 +335,11 @@ class Journal:
         )
         for name, _ in told.batch:
             for instance in instances:
-                notes = self._heard((instance, name), now_ns)
-                if notes is not None:
-                    notes.add(note)
+                # Of several servers in one process only one has the request.
+                if len(instances) == 1 or (instance, name) in self._open:
+                    notes = self._heard((instance, name), now_ns)
+                    if notes is not None:
+                        notes.add(note)
 
     # Experts
 

@@ -228,7 +228,7 @@ def test_a_step_tells_its_share_and_links_to_the_others_in_it() -> None:
     }
     (link,) = found.links
     other = journal.take(INSTANCE, "cmpl-b-0")
-    assert other is not None and link.context == other.identity.context
+    assert other is not None and link.context == other.place.context
     assert dict(link.attributes) == {
         names.REQUEST_ID: "cmpl-b-0",
         names.TOKENS: 512,
@@ -344,6 +344,8 @@ def test_the_resource_is_the_engine() -> None:
         "gpuglass.gpu.uuids": ("GPU-1", "GPU-2"),
         "host.name": "node-1",
     }
+    mine = dict(resource(request, "vllm", (("service.name", "mine"),)))
+    assert mine["service.name"] == "mine", "what the operator says holds"
     bare = dict(resource(ended(gpu_uuids=()), "vllm", ()))
     assert bare["service.name"] == "vllm" and "k8s.pod.name" not in bare and "gpuglass.gpu.uuids" not in bare
 

@@ -188,23 +188,21 @@ def test_a_request_whose_caller_does_not_sample_has_none(traced: Traced, agent: 
 
 
 def test_a_preempted_request_says_by_whom(traced: Traced, agent: RunningAgent) -> None:
-    # Each needs 44 blocks in the end and there are 79: one of the two has to give way.
-    numbers = (50, 51)
-    threads = [threading.Thread(target=ask, args=(traced, number, 900, 500)) for number in numbers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = {number: check_tree(fetch(traced, number)) for number in numbers}
-    victims = {n: root for n, root in found.items() if root.attributes["gpuglass.preemptions"]}
+    # Two sequences of one request, so they run together: each needs 44 blocks in the end, and there are 79.
+    headers = {"traceparent": traceparent(50)}
+    prompts = [tokens(900, 50), tokens(900, 51)]
+    assert complete(traced.server.address, prompts, 500, headers=headers).ok
+    spans = traced.jaeger.wait_for(trace_id(50), lambda spans: len(roots(spans)) == 2, WAIT)
+    found = {root.attributes["gpuglass.request.id"]: root for root in roots(spans)}
+    assert {root.parent for root in found.values()} == {f"{51:016x}"}
+    victims = {name: root for name, root in found.items() if root.attributes["gpuglass.preemptions"]}
     assert victims
-    for number, root in victims.items():
-        told = [attributes for name, _, attributes in root.events if name == "gpuglass.preempted"]
+    for name, root in victims.items():
+        told = [attributes for event, _, attributes in root.events if event == "gpuglass.preempted"]
         assert told and told[0]["gpuglass.preemption.cause"] == "kv_full"
-        (other,) = set(numbers) - {number}
-        assert told[0]["gpuglass.preemption.holders"] == [found[other].attributes["gpuglass.request.id"]]
-        assert root.attributes["gpuglass.gpu.recompute_seconds"] > 0
-    assert all(any(name == "gpuglass.kv_peak" for name, _, _ in root.events) for root in found.values())
+        assert told[0]["gpuglass.preemption.holders"] == sorted(set(found) - {name})
+        assert told[0]["gpuglass.preemption.lost_tokens"] >= 0
+    assert all(any(event == "gpuglass.kv_peak" for event, _, _ in root.events) for root in found.values())
 
 
 @pytest.mark.needs("debian-prometheus")

@@ -44,7 +44,30 @@ def test_a_step_is_noted_for_all_its_requests(journal: Journal) -> None:
     assert one.steps is not None and other.steps is not None
     (mine,), (theirs,) = one.steps.kept(), other.steps.kept()
     assert mine.step is theirs.step and (mine.place, theirs.place) == (0, 1)
-    assert mine.step.contexts == (one.identity.context, other.identity.context, None)
+    assert mine.step.places[:2] == (one.place, other.place)
+    assert [place.context is None for place in mine.step.places if place] == [False, False, True]
+
+
+def test_what_is_told_before_anybody_says_who_asked_is_kept() -> None:
+    journal = Journal()
+    journal.step(WORKER, step(1, 1, 2, (A, B)), at(2))
+    journal.preempted(INSTANCE, records.Preemption(at=at(2), cause="kv_full", victim=A), at(2))
+    journal.start(INSTANCE, start(A), at(3))
+    notes = taken(journal)
+    assert numbers(notes) == [1] and len(notes.events) == 1
+    assert notes.steps is not None
+    places = notes.steps.kept()[0].step.places
+    assert [place is not None and place.context is not None for place in places] == [True, False]
+    journal.start(INSTANCE, start(B), at(3))
+    assert all(place is not None and place.context for place in places), "links find it from now on"
+
+
+def test_a_late_word_on_a_request_that_is_over_begins_nothing(journal: Journal) -> None:
+    taken(journal)
+    journal.step(WORKER, step(9, 1, 2, (A, B)), at(2))
+    assert journal.take(INSTANCE, A) is None
+    other = taken(journal, B)
+    assert other.steps is not None and other.steps.kept()[0].step.places[0] is None
 
 
 def test_other_ranks_and_other_servers_say_nothing_of_it(journal: Journal) -> None:
