@@ -78,7 +78,7 @@ def test_what_fails_is_one_line(
     assert said in message and "\n" not in message
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_previews_are_drawn_from_live_data(world: World, tmp_path: Path) -> None:
     from PIL import Image
 

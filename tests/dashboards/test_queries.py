@@ -26,7 +26,7 @@ NARROW: dict[str, dict[tuple[str, str], str]] = {
 }
 """Panels that are empty for the one value that is chosen here, and why."""
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 def dashboards() -> dict[str, dict[str, Any]]:
