@@ -81,6 +81,10 @@ class Hook:
         if self.state != "disabled":
             self._set("unavailable", reason)
 
+    def not_wanted(self, reason: str) -> None:
+        """Say that nobody asked for it."""
+        self._set("disabled", reason)
+
     def failed(self, error: BaseException) -> None:
         """Count an error of ours; the third switches the hook off."""
         self.errors += 1

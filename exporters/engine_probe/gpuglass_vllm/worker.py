@@ -232,7 +232,7 @@ class Probe:
         """Get ready to profile steps, if that was asked for."""
         every = settings.current().kernels_every
         if not every:
-            KERNELS.unavailable("GPUGLASS_KERNELS_EVERY is 0")
+            KERNELS.not_wanted("GPUGLASS_KERNELS_EVERY is 0")
         elif not self.on_cuda:
             KERNELS.unavailable("the engine runs on a CPU")
         elif KERNELS.activate():

@@ -74,8 +74,10 @@ def test_each_process_says_who_it_is_and_what_it_can_see(probed: Probed, receive
     assert experts is not None and (experts.layers, experts.experts, experts.top_k) == ([1, 2], 8, TOP_K)
     states = {c.hook: c.state for hello in hellos.values() for c in hello.capabilities}
     blind = {hook for hook, state in states.items() if state != "active"}
-    # A CPU engine has no CUDA allocator, and vLLM switches prefix caching off for this model on a CPU.
-    assert blind == {"worker.allocator", "core.evictions"}
+    # A CPU engine has no CUDA allocator and no device with a clock, and vLLM switches prefix caching off for
+    # this model on a CPU. Nobody asked for kernels.
+    assert blind == {"worker.allocator", "worker.anchors", "worker.kernels", "core.evictions"}
+    assert states["worker.kernels"] == "disabled"
     assert len(states) >= 15
 
 
