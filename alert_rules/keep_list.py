@@ -38,13 +38,13 @@ def all_queries() -> list[str]:
 
 
 def kept_names(queries: Iterable[str]) -> dict[str, list[str]]:
-    """Names of samples by kind of target. A histogram is kept whole: all its `_bucket` series, `_count` and
-    `_sum`, because conversion to native histograms needs all of them."""
+    """Names of samples by kind of target. A histogram is kept whole: `_bucket`, `_count` and `_sum`, and the
+    bare name that it has once a scrape has converted it to a native one."""
     kept: dict[str, set[str]] = {target: set() for target in _TARGETS}
     for query in queries:
         for name in metrics_in(query):
             base = next((name.removesuffix(s) for s in _SUFFIXES if _histogram(name.removesuffix(s))), name)
-            names = [base + s for s in _SUFFIXES] if _histogram(base) else [base]
+            names = [base + s for s in ("", *_SUFFIXES)] if _histogram(base) else [base]
             for target in _targets_of(base):
                 kept[target].update(names)
     return {target: sorted(names) for target, names in kept.items() if names}

@@ -62,7 +62,8 @@ def identities(fleet: Fleet) -> list[Check]:
         ),
         # A model on one card: what if it ran there? It does.
         differ(
-            f"sum by ({CARD}) (model:what_if_cost_per_hour:sum) and on (model_name) {ONE_CARD} and {ALL_KINDS}",
+            f"sum by ({CARD}) (model:what_if_cost_per_hour:sum) "
+            f"and on (model_name) {ONE_CARD} and {ALL_KINDS}",
             f"sum by ({CARD}) ({USAGE})",
         ),
         # Tenants pay for the engines that anybody used.
