@@ -6,8 +6,6 @@ or as ConfigMaps for the dashboard sidecar of Grafana's charts.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import yaml
 
 from dashboards.board import Board, Builder, Options, as_text
@@ -25,7 +23,6 @@ from dashboards.boards import (
     tenants,
 )
 
-GENERATED = Path(__file__).parent / "generated"
 BUILDERS: tuple[Builder, ...] = (
     compute_map.board,
     gpu.board,

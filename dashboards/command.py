@@ -101,8 +101,9 @@ def _write(folder: Path, setting: str, made: Mapping[str, str]) -> None:
 
 def _check(arguments: Namespace) -> int:
     from dashboards.board import Options
-    from dashboards.build import GENERATED, files
+    from dashboards.build import files
     from dashboards.check import check
+    from dashboards.read import GENERATED
 
     options, folder = Options(arguments.traces, "", arguments.histograms), arguments.dir or GENERATED
     if arguments.write:

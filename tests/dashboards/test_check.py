@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import pytest
 
 from dashboards import links
 from dashboards.board import Options, as_json, lay_out, section
-from dashboards.build import GENERATED, boards, configmaps, files
+from dashboards.build import boards, configmaps, files
 from dashboards.check import EXEMPLARS, alerts, check, overlaps, wrong
 from dashboards.evaluate import panels_of
 from dashboards.panels import Query, stat, text
 from dashboards.promql_scan import metrics, scan, variables
-from gpuglass.families import engine
+from dashboards.read import GENERATED
+from gpuglass.families import engine, gpu
 from gpuglass.family import Family, Kind
 from recording_rules.model import Alert
 from tests.exporters.vllm.engine_world import World
@@ -325,3 +328,28 @@ def test_labels_that_a_query_makes_are_known() -> None:
     assert scan('label_join(label_replace(x, "a", "$1", "b", "."), "c", "-", "a")').made == {"a", "c"}
     assert metrics('label_replace(x, "a", "y", "b", ".")') == {"x"}
     assert variables("$a ${b:regex} $1 ${__field.labels.c}") == {"a", "b"}
+
+
+# What is to be kept
+
+
+def test_the_keep_list_holds_what_dashboards_read_and_needs_no_grafanalib() -> None:
+    program = (
+        "import sys; sys.modules['grafanalib'] = None\n"
+        "from dashboards.read import queries\n"
+        "print(*queries(), sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    read = set(done.stdout.split())
+    asked = {
+        name
+        for data in loaded().values()
+        for panel in panels_of(data)
+        for target in panel.get("targets", ())
+        for name in metrics(target.get("expr", ""))
+    }
+    assert asked <= read
+    assert {gpu.DRAM_ACTIVE.name, gpu.PIPE_ACTIVE.name} <= read, "named by the map's variable only"
+    assert gpu.BAR1_USED.name not in read

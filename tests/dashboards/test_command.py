@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dashboards import links
-from dashboards.build import GENERATED
 from dashboards.evaluate import Range, Series, fill, name_of, requests, round_step, seconds
+from dashboards.read import GENERATED
 from dashboards.units import text_of
 from gpuglass.cli import main
 from tests.dashboards.conftest import END, World

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from dashboards import links
-from dashboards.build import GENERATED
 from dashboards.evaluate import Client, Range, Series, defaults_of, name_of, panels_of, requests
+from dashboards.read import GENERATED
 from tests.dashboards.conftest import END, World
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dashboards import links
-from dashboards.build import GENERATED
 from dashboards.evaluate import Client, Range, defaults_of, panels_of, requests, seconds
 from dashboards.promql_scan import variables
+from dashboards.read import GENERATED
 from tests.dashboards.conftest import END, World
 
 EMPTY: dict[tuple[str, str], str] = {}

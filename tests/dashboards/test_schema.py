@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dashboards.board import SCHEMA_VERSION
-from dashboards.build import GENERATED
 from dashboards.evaluate import panels_of
+from dashboards.read import GENERATED
 from tests.support import npm, tools
 
 FILES = sorted(GENERATED.glob("*.json"))
