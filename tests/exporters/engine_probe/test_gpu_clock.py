@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from gpuglass_vllm.gpu_clock import EventClock, WallClock
@@ -287,3 +289,28 @@ def test_the_hosts_clock_counts_what_lies_between_as_idle() -> None:
         later(10)
     clock.poll(seen)
     assert seen.steps == [("a", 7, 1, 0), ("b", 7, 11, 0)]
+
+
+def test_while_a_step_is_delivered_its_events_are_its_own() -> None:
+    device = Device()
+    clock: EventClock[str] = EventClock(device.event)
+    found: list[tuple[str, float, float, float]] = []
+
+    def deliver(tag: str, busy: float, idle: float, unknown: float) -> None:
+        assert clock.span is not None
+        begin, end = clock.span
+        pool = clock._pool
+        assert begin not in pool and end not in pool, "the other thread could record them anew"
+        found.append((tag, begin.at, end.at, busy / 1e6))  # type: ignore[attr-defined]
+
+    for tag in ("a", "b", "c"):
+        run(clock, device, tag, 1, 5)
+    device.now = device.queued
+    device.now += 3
+    run(clock, device, "d", 1, 5)
+    device.now = device.queued
+    clock.poll(deliver, 100)
+    assert [tag for tag, *_ in found] == ["a", "b", "c", "d"]
+    assert [end - begin for _, begin, end, _ in found] == pytest.approx([busy for *_, busy in found])
+    assert all(later[1] >= earlier[2] for earlier, later in pairwise(found))
+    assert clock.span is None
