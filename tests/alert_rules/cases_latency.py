@@ -35,7 +35,7 @@ def _fires(world: World, name: str, model: str, wrong: str, rate: str, *severiti
             name, severity, "latency",
             f"{model}: {wrong}; the budget for it burns {rate} times as fast as it may.",
             {"model_name": model},
-            traces_url=f"/d/gpuglass-requests?var-cluster=&var-model_name={model}&var-tenant=",
+            traces_url=f"/d/gpuglass-requests?var-cluster=&var-model_name={model}",
         )  # fmt: skip
 
 
