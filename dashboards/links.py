@@ -7,7 +7,7 @@ that there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 
 from grafanalib import core
 
@@ -76,8 +76,6 @@ def menu(tag: str) -> core.DashboardLink:
     )
 
 
-def targets_of(text: Mapping[str, object] | str) -> frozenset[str]:
+def targets_of(text: str) -> frozenset[str]:
     """uids that a dashboard's JSON text links to."""
-    import re
-
-    return frozenset(re.findall(r"/d/([\w-]+)", str(text)))
+    return frozenset(re.findall(r"/d/([\w-]+)", text))

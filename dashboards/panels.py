@@ -9,7 +9,7 @@ has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import attr
@@ -22,9 +22,6 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 """Okabe and Ito's palette, which people with any colour blindness can tell apart, on light and dark."""
 SCHEME = "Viridis"
 """Of heatmaps: even in lightness, so it reads in grey as well."""
-SERVICE = "vllm"
-"""Service name of the bridge's spans, unless traces.service_name says otherwise; Jaeger's search needs
-one."""
 NO_VALUE = "no data: see Pack health for what cannot be observed here"
 _DROPPED = frozenset(
     {"cacheTimeout", "editable", "error", "height", "hideTimeOverride", "minSpan", "span", "repeatDirection"}
@@ -107,7 +104,7 @@ class Visual(Panel):  # type: ignore[misc]
 
     def to_json_data(self) -> dict[str, Any]:
         data = self.panel_json({"type": self.kind, "options": self.body})
-        targets = [query.as_json(ref) for query, ref in zip(self.queries, _refs(), strict=False)]
+        targets = [query.as_json(ref) for query, ref in zip(self.queries, refs(), strict=False)]
         data["targets"] = [*targets, *self.raw_targets]
         data["datasource"] = self.dataSource or DATASOURCE
         data["fieldConfig"] = {"defaults": self.defaults, "overrides": self.overrides}
@@ -117,7 +114,7 @@ class Visual(Panel):  # type: ignore[misc]
         return {key: value for key, value in data.items() if value is not None and key not in _DROPPED}
 
 
-def _refs() -> Sequence[str]:
+def refs() -> Sequence[str]:
     return [chr(ord("A") + number) for number in range(26)]
 
 
@@ -126,7 +123,7 @@ def steps_json(steps: Steps) -> dict[str, Any]:
     return {"mode": "absolute", "steps": [{"value": value, "color": colour} for value, colour in steps]}
 
 
-def _panel(
+def panel(
     kind: str,
     title: str,
     says: str,
@@ -148,6 +145,7 @@ def _panel(
     points: int | None = None,
     step: str | None = None,
 ) -> Visual:
+    """A panel of any kind; the functions below and in `tables` are what dashboards call."""
     defaults: dict[str, Any] = {"unit": unit, "thresholds": steps_json(steps), "noValue": no_value}
     defaults |= {"color": dict(color or {"mode": "thresholds"}), "mappings": list(mappings)}
     defaults |= {key: value for key, value in zip(("min", "max"), limits, strict=True) if value is not None}
@@ -223,7 +221,7 @@ def timeseries(
         "scaleDistribution": {"type": "log", "log": 10} if log else {"type": "linear"},
     }
     named = all(query.legend and "{{" not in query.legend for query in queries)
-    colours = [fixed(ref, colour) for ref, colour in zip(_refs()[: len(queries)], COLOURS, strict=False)]
+    colours = [fixed(ref, colour) for ref, colour in zip(refs()[: len(queries)], COLOURS, strict=False)]
     table = size[0] >= 12
     legend = {
         "displayMode": "table" if table else "list",
@@ -231,7 +229,7 @@ def timeseries(
         "showLegend": True,
         "calcs": ["lastNotNull", "max"] if table else [],
     }
-    return _panel(
+    return panel(
         "timeseries",
         title,
         says,
@@ -278,7 +276,7 @@ def stat(
         "percentChangeColorMode": "standard",
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
     }
-    return _panel(
+    return panel(
         "stat",
         title,
         says,
@@ -319,7 +317,7 @@ def bargauge(
         "legend": {"displayMode": "list", "placement": "bottom", "showLegend": False, "calcs": []},
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
     }
-    return _panel(
+    return panel(
         "bargauge",
         title,
         says,
@@ -381,7 +379,7 @@ def heatmap(
         "scaleDistribution": {"type": "linear"},
         "hideFrom": {"tooltip": False, "viz": False, "legend": False},
     }
-    return _panel(
+    return panel(
         "heatmap",
         title,
         says,
@@ -408,11 +406,11 @@ def buckets(
 ) -> Visual:
     """A histogram over time: rows are its buckets, colour is how many observations fell into each;
     exemplars on it."""
-    panel = heatmap(title, says, query, unit="short", size=size, limits=(None, None), links=links, points=200)
-    panel.body["yAxis"] = {"axisPlacement": "left", "unit": unit, "reverse": False}
-    panel.body["rowsFrame"] = {"layout": "auto", "value": "observations"}
-    panel.body["filterValues"] = {"le": 1e-9}  # an empty bucket is no cell
-    return panel
+    found = heatmap(title, says, query, unit="short", size=size, limits=(None, None), links=links, points=200)
+    found.body["yAxis"] = {"axisPlacement": "left", "unit": unit, "reverse": False}
+    found.body["rowsFrame"] = {"layout": "auto", "value": "observations"}
+    found.body["filterValues"] = {"le": 1e-9}  # an empty bucket is no cell
+    return found
 
 
 def timeline(
@@ -436,7 +434,7 @@ def timeline(
         "tooltip": _tooltip(multi=False),
     }
     custom = {"lineWidth": 0, "fillOpacity": 80}
-    return _panel(
+    return panel(
         "state-timeline",
         title,
         says,
@@ -451,101 +449,6 @@ def timeline(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a table: an instant query's value, with its unit. `bar` draws it as a gauge from 0 to
-    `top`."""
-
-    title: str
-    expr: str
-    unit: str = "short"
-    decimals: int | None = None
-    steps: Steps = ()
-    bar: bool = False
-    top: float | None = None
-    links: tuple[Link, ...] = field(default=())
-    values: tuple[tuple[str, str, str], ...] = ()
-    """(value, text, colour) of values that are states."""
-
-
-def value_mapping(values: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
-    """Grafana's mapping of values to texts and colours."""
-    options = {
-        value: {"text": text, "color": colour, "index": index}
-        for index, (value, text, colour) in enumerate(values)
-    }
-    return [{"type": "value", "options": options}] if options else []
-
-
-def table(
-    title: str,
-    says: str,
-    *columns: Column,
-    labels: Mapping[str, str],
-    size: tuple[int, int] = (24, 9),
-    links: Mapping[str, Sequence[Link]] | None = None,
-    sort: str | None = None,
-    hidden: Sequence[str] = (),
-) -> Visual:
-    """Rows are label sets, columns are queries joined by them. `labels` says which labels are shown, with
-    their headings;
-    `links` are data links on the cells of a heading; `hidden` labels are there for links but not shown."""
-    queries = [Query(column.expr, instant=True, format="table") for column in columns]
-    overrides = []
-    for column in columns:
-        properties: list[dict[str, Any]] = [{"id": "unit", "value": column.unit}]
-        if column.decimals is not None:
-            properties.append({"id": "decimals", "value": column.decimals})
-        if column.steps:
-            properties.append({"id": "thresholds", "value": steps_json(column.steps)})
-        if column.bar:
-            cell = {"type": "gauge", "mode": "basic", "valueDisplayMode": "text"}
-            properties += [{"id": "custom.cellOptions", "value": cell}, {"id": "min", "value": 0}]
-            if column.top is not None:
-                properties.append({"id": "max", "value": column.top})
-        elif column.steps or column.values:
-            properties.append({"id": "custom.cellOptions", "value": {"type": "color-text"}})
-        if column.values:
-            properties.append({"id": "mappings", "value": value_mapping(column.values)})
-        if column.links:
-            properties.append({"id": "links", "value": [link.as_json() for link in column.links]})
-        overrides.append({"matcher": {"id": "byName", "options": column.title}, "properties": properties})
-    for heading, own in (links or {}).items():
-        properties = [{"id": "links", "value": [link.as_json() for link in own]}]
-        overrides.append({"matcher": {"id": "byName", "options": heading}, "properties": properties})
-    for label in hidden:
-        properties = [{"id": "custom.hidden", "value": True}]
-        overrides.append({"matcher": {"id": "byName", "options": label}, "properties": properties})
-    values = [f"Value #{ref}" for ref in _refs()[: len(columns)]] if len(columns) > 1 else ["Value"]
-    names = [*labels, *hidden, *values]
-    renamed = dict(labels) | {value: column.title for value, column in zip(values, columns, strict=True)}
-    organize = {
-        "excludeByName": {"Time": True},
-        "indexByName": {name: index for index, name in enumerate(names)},
-        "renameByName": renamed,
-        "includeByName": {},
-    }
-    transformations = [{"id": "merge", "options": {}}, {"id": "organize", "options": organize}]
-    body = {
-        "showHeader": True,
-        "cellHeight": "sm",
-        "sortBy": [{"displayName": sort, "desc": True}] if sort else [],
-    }
-    custom = {"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False, "filterable": True}
-    return _panel(
-        "table",
-        title,
-        says,
-        queries,
-        body,
-        unit="short",
-        size=size,
-        custom=custom,
-        overrides=overrides,
-        transformations=transformations,
-    )
-
-
 def text(
     title: str, content: str, size: tuple[int, int] = (24, 4), says: str = "What this page is for."
 ) -> Visual:
@@ -555,64 +458,10 @@ def text(
     return Visual(kind="text", body=body, width=size[0], height=size[1], **inherited)
 
 
-def matrix(
-    title: str,
-    says: str,
-    query: Query,
-    *,
-    rows: str,
-    columns: str,
-    unit: str,
-    size: tuple[int, int] = (24, 10),
-    decimals: int | None = None,
-) -> Visual:
-    """A table of two labels against each other, coloured by the latest value: the heatmap has only time on
-    its axis."""
-    grouping = {"columnField": columns, "rowField": rows, "valueField": "Value", "emptyValue": "empty"}
-    custom = {
-        "align": "center",
-        "cellOptions": {"type": "color-background", "mode": "basic"},
-        "inspect": False,
+def value_mapping(values: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """Grafana's mapping of values to texts and colours."""
+    options = {
+        value: {"text": text, "color": colour, "index": index}
+        for index, (value, text, colour) in enumerate(values)
     }
-    corner: dict[str, Any] = {"matcher": {"id": "byName", "options": f"{rows}\\{columns}"}, "properties": []}
-    corner["properties"] = [{"id": "custom.cellOptions", "value": {"type": "auto"}}]
-    return _panel(
-        "table",
-        title,
-        says,
-        [query],
-        {"showHeader": True, "cellHeight": "sm", "sortBy": []},
-        unit=unit,
-        size=size,
-        custom=custom,
-        decimals=decimals,
-        color={"mode": "continuous-blues"},
-        overrides=[corner],
-        transformations=[{"id": "groupingToMatrix", "options": grouping}],
-    )
-
-
-def traces(
-    title: str, says: str, kind: str, traceql: str, tags: Mapping[str, str], size: tuple[int, int] = (24, 9)
-) -> Visual:
-    """Traces that were found, in Tempo by a TraceQL query or in Jaeger by tags; a click opens the trace."""
-    target: dict[str, Any] = {"refId": "A", "datasource": {"type": kind, "uid": "${traces}"}, "limit": 50}
-    if kind == "tempo":
-        target |= {"queryType": "traceql", "query": traceql, "tableType": "traces"}
-    else:
-        found = " ".join(f'{name}="{value}"' for name, value in tags.items())
-        target |= {"queryType": "search", "service": SERVICE, "operation": "", "tags": found}
-    panel = _panel(
-        "table",
-        title,
-        says,
-        [],
-        {"showHeader": True, "cellHeight": "sm", "sortBy": []},
-        unit="short",
-        size=size,
-        custom={"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False},
-        no_value="no trace: is the bridge on, and is this the right trace store?",
-    )
-    panel.raw_targets = (target,)
-    panel.dataSource = target["datasource"]
-    return panel
+    return [{"type": "value", "options": options}] if options else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpuglass.families import engine, gpu
 from gpuglass.family import Family
 from gpuglass.promql import Histograms, Match, Metric, not_equal, parenthesize, regex, select
 from recording_rules import records
@@ -172,8 +173,6 @@ def _named(metric: Metric, /, **matchers: str | Match) -> str:
 
 def signals() -> tuple[Signal, ...]:
     """All signals; the first is shown at first."""
-    from gpuglass.families import engine, gpu
-
     sm, busy = gpu.SM_ACTIVE.name, gpu.BUSY.name
     return (
         Signal("Activity: SM activity, or busy where the card does not tell", f"{sm}|{busy}"),
@@ -190,7 +189,6 @@ def signals() -> tuple[Signal, ...]:
 
 def signal_map() -> str:
     """The chosen signal of each GPU, 0 to 1, by gpu_uuid. Only what is chosen is read."""
-    from gpuglass.families import engine, gpu
 
     def of(metric: Metric, /, **matchers: str | Match) -> str:
         return by("max", "gpu_uuid", _named(metric, **matchers))

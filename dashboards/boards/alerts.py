@@ -5,18 +5,9 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import to
-from dashboards.panels import (
-    Column,
-    Query,
-    Visual,
-    low_is_good,
-    stat,
-    table,
-    timeline,
-    timeseries,
-    value_mapping,
-)
+from dashboards.panels import Query, Visual, low_is_good, stat, timeline, timeseries, value_mapping
 from dashboards.queries import by, scoped
+from dashboards.tables import Column, table
 from dashboards.variables import ABOUT, alerts
 from gpuglass.promql import regex
 from recording_rules import records

@@ -6,18 +6,9 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import to
-from dashboards.panels import (
-    BAD_IF_ANY,
-    Column,
-    Query,
-    Visual,
-    high_is_good,
-    low_is_good,
-    stat,
-    table,
-    timeseries,
-)
+from dashboards.panels import BAD_IF_ANY, Query, Visual, high_is_good, low_is_good, stat, timeseries
 from dashboards.queries import by, rate, scoped
+from dashboards.tables import Column, table
 from dashboards.variables import Variable
 from gpuglass.families import anomaly
 from gpuglass.promql import regex

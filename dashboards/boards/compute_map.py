@@ -6,20 +6,9 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import at_moment, label, to
-from dashboards.panels import (
-    Column,
-    Link,
-    Query,
-    Visual,
-    heatmap,
-    high_is_good,
-    low_is_good,
-    stat,
-    table,
-    text,
-    timeseries,
-)
+from dashboards.panels import Link, Query, Visual, heatmap, high_is_good, low_is_good, stat, text, timeseries
 from dashboards.queries import by, quotient, rows, scoped, signal_map, signals
+from dashboards.tables import Column, table
 from dashboards.variables import Variable
 from recording_rules import records
 

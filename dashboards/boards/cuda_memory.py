@@ -8,19 +8,18 @@ from dashboards.board import Board, Options, section
 from dashboards.links import cell, to
 from dashboards.panels import (
     BAD_IF_ANY,
-    Column,
     Query,
     Visual,
     buckets,
     heatmap,
     low_is_good,
     stat,
-    table,
     timeline,
     timeseries,
     value_mapping,
 )
 from dashboards.queries import bucket_rate, by, increase, rate, scoped
+from dashboards.tables import Column, table
 from gpuglass.families import anomaly, cuda, engine, tracer
 from gpuglass.promql import not_equal
 from recording_rules import records

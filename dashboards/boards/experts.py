@@ -7,20 +7,18 @@ from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import to
 from dashboards.panels import (
-    Column,
     Query,
     Visual,
     bargauge,
     heatmap,
     high_is_good,
     low_is_good,
-    matrix,
     stat,
-    table,
     text,
     timeseries,
 )
 from dashboards.queries import by, named_row, over, quotient, rate, scoped, zero_padded
+from dashboards.tables import Column, matrix, table
 from gpuglass.families import engine
 from recording_rules import records
 

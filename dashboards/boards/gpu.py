@@ -7,16 +7,13 @@ from dashboards.board import Board, Options, section
 from dashboards.links import label, to
 from dashboards.panels import (
     BAD_IF_ANY,
-    Column,
     Query,
     Visual,
     buckets,
     low_is_good,
     stat,
-    table,
     timeline,
     timeseries,
-    traces,
     value_mapping,
 )
 from dashboards.queries import (
@@ -31,6 +28,7 @@ from dashboards.queries import (
     rate,
     scoped,
 )
+from dashboards.tables import Column, table, traces
 from gpuglass.families import engine, gpu
 from gpuglass.promql import regex
 from recording_rules import records

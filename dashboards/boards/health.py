@@ -6,18 +6,9 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import to
-from dashboards.panels import (
-    BAD_IF_ANY,
-    GOOD_IF_ONE,
-    Column,
-    Query,
-    Visual,
-    low_is_good,
-    stat,
-    table,
-    timeseries,
-)
+from dashboards.panels import BAD_IF_ANY, GOOD_IF_ONE, Query, Visual, low_is_good, stat, timeseries
 from dashboards.queries import by, on_gpus, quantile, quotient, rate, scoped
+from dashboards.tables import Column, table
 from gpuglass.families import agent, anomaly, bridge, cuda, engine, gpu, probe, tracer
 from gpuglass.promql import not_equal
 

@@ -6,18 +6,9 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import to
-from dashboards.panels import (
-    Column,
-    Query,
-    Visual,
-    bargauge,
-    high_is_good,
-    low_is_good,
-    stat,
-    table,
-    timeseries,
-)
+from dashboards.panels import Query, Visual, bargauge, high_is_good, low_is_good, stat, timeseries
 from dashboards.queries import by, quotient, scoped
+from dashboards.tables import Column, table
 from recording_rules import records
 
 JOB = "workload_namespace, workload_pod, process"

@@ -6,18 +6,7 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import at_moment, label, to
-from dashboards.panels import (
-    Column,
-    Query,
-    Visual,
-    bargauge,
-    buckets,
-    low_is_good,
-    stat,
-    table,
-    timeseries,
-    traces,
-)
+from dashboards.panels import Query, Visual, bargauge, buckets, low_is_good, stat, timeseries
 from dashboards.queries import (
     ENGINE_NAME,
     bucket_rate,
@@ -30,6 +19,7 @@ from dashboards.queries import (
     rate,
     scoped,
 )
+from dashboards.tables import Column, table, traces
 from gpuglass.families import engine
 from gpuglass.family import Family
 from gpuglass.promql import regex

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dashboards import links
 from dashboards.board import Board, Options, section
 from dashboards.links import label, to
-from dashboards.panels import Column, Query, Visual, bargauge, low_is_good, stat, table, timeseries
+from dashboards.panels import Query, Visual, bargauge, low_is_good, stat, timeseries
 from dashboards.queries import by, increase, quotient, rate, scoped
+from dashboards.tables import Column, table
 from gpuglass.families import anomaly, engine
 from gpuglass.promql import not_equal, regex
 from recording_rules import records

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def write(folder: Path, promtool: Path, times: FloatArray, blocks: Iterable[Bloc
 def store(folder: Path, promtool: Path, text: Path) -> None:
     """Makes blocks of an OpenMetrics text and removes it."""
     (folder / "data").mkdir(exist_ok=True)
-    command = [
+    command: list[str | Path] = [
         promtool,
         "tsdb",
         "create-blocks-from",
@@ -78,37 +79,18 @@ def store(folder: Path, promtool: Path, text: Path) -> None:
 
 def layers(groups: Sequence[Group]) -> list[list[Rule]]:
     """Rules by depth: each reads only families and what the layers before it recorded."""
-    rules = [rule for group in groups for rule in group.rules if isinstance(rule, Rule)]
-    reads = {
-        rule: set(metrics_in(rule.expression)) & {other.record.name for other in rules} - {rule.record.name}
-        for rule in map(_Key, rules)
-    }
+    left = [rule for group in groups for rule in group.rules if isinstance(rule, Rule)]
     found: list[list[Rule]] = []
-    left = dict(reads)
     while left:
-        pending = {key.rule.record.name for key in left}
-        ready = [key for key, names in left.items() if not names & pending]
+        pending = {rule.record.name for rule in left}
+        ready = [
+            rule for rule in left if not (set(metrics_in(rule.expression)) - {rule.record.name}) & pending
+        ]
         if not ready:
             raise ValueError(f"rules read each other: {sorted(pending)}")
-        found.append([key.rule for key in ready])
-        for key in ready:
-            del left[key]
+        found.append(ready)
+        left = [rule for rule in left if rule not in ready]
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Key:
-    """A rule by identity: rules hold dictionaries, which cannot be keys."""
-
-    rule: Rule
-
-    @property
-    def record(self):  # type: ignore[no-untyped-def]
-        return self.rule.record
-
-    @property
-    def expression(self) -> str:
-        return self.rule.expression
 
 
 def evaluate(
@@ -164,7 +146,7 @@ def _answers(
             start = end + span.step
 
 
-def _write_series(file, labels: Mapping[str, str], points: Sequence[tuple[float, float]]) -> None:  # type: ignore[no-untyped-def]
+def _write_series(file: TextIO, labels: Mapping[str, str], points: Sequence[tuple[float, float]]) -> None:
     name = labels["__name__"]
     inner = {key: _escaped(value) for key, value in sorted(labels.items()) if key != "__name__"}
     head = series_text(name, inner)

@@ -18,316 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuglass import catalog
-from gpuglass.families import agent, anomaly, bridge, cuda, engine, gpu, prices, probe, tracer
+from gpuglass.families import anomaly, engine, gpu, prices
 from gpuglass.family import Family, Kind, Tier
 from recording_rules.foreign import VLLM_INTER_TOKEN
+from tests.support.fleet_values import (
+    BY_UNIT,
+    CARDS,
+    CHOICES,
+    GIB,
+    MODELS,
+    PRICES,
+    RANGES,
+    RATES,
+    SPECIAL,
+    TENANTS,
+    VLLM_BOUNDS,
+    WEIGHTS,
+)
 
 FloatArray = NDArray[np.float64]
 Labels = dict[str, str]
 
-CARDS = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H800")
-PRICES = {"NVIDIA H100 80GB HBM3": 2.5, "NVIDIA A100-SXM4-80GB": 1.4, "NVIDIA H800": 2.1}
-TENANTS = ("acme", "birch", "cedar", "none")
-MODELS = ("deepseek-v3", "qwen3-moe")
-VLLM_BOUNDS = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-)
-LAYERS = tuple(str(number) for number in range(8))
-EXPERTS = tuple(str(number) for number in range(16))
-GIB = float(1 << 30)
 DAY = 86_400.0
 _GRID = 60.0
 """Seconds between the points at which counters are integrated."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "source": ("nvml",),
-    "pipe": ("tensor", "fp32"),
-    "sensor": ("gpu", "memory"),
-    "limit": ("slowdown", "shutdown"),
-    "clock": ("sm", "memory"),
-    "link": ("0", "1"),
-    "cause": ("corrected", "uncorrected"),
-    "collector": ("fast", "slow"),
-    "field": ("sm_active", "nvlink", "process_sm"),
-    "holder": ("1", "2", "3", "4", "5"),
-    "outcome": ("stop", "length", "abort", "error"),
-    "error_type": ("",),
-    "preempted": ("false", "true"),
-    "phase": ("prefill", "decode", "padding"),
-    "part": ("prefill", "decode", "padding", "dummy", "unattributed"),
-    "counting": ("exact",),
-    "layer": LAYERS,
-    "expert": EXPERTS,
-    "expert_rank": ("0", "1"),
-    "tenant": TENANTS,
-    "feature": ("host_pid", "pod_resources", "engine_socket"),
-    "handler": ("fast", "slow"),
-    "tier": ("fast", "slow"),
-    "hook": ("experts", "steps", "blocks"),
-    "horizon": ("10m", "30m"),
-    "quantile": ("0.5", "0.9"),
-    "weekday": ("every day",),
-    "from_hour": ("19",),
-    "to_hour": ("21",),
-    "query": ("tokens", "memory"),
-    "how": ("call", "exit"),
-    "result": ("ok",),
-    "link_kind": ("exact", "temporal"),
-    "place": ("1", "2"),
-    "stack": ("cudaMalloc<at::Tensor<leaky_cache",),
-    "function": ("cuMemAlloc_v2",),
-    "code": ("out_of_memory",),
-    "change": ("admitted",),
-    "outcome_of_state": ("latest",),
-    "what": ("calls",),
-    "library": ("libcuda.so.1",),
-    "clock_of_engine": ("cuda",),
-    "basis": ("now", "all"),
-    "currency": ("EUR",),
-    "example": ("false",),
-    "decision": ("ratio", "slowest", "unsampled"),
-    "kind_of_memory": ("device", "virtual"),
-    "what_of_launch": ("kernel",),
-}
-"""Values of labels that are no identity."""
-
-SPECIAL: dict[str, dict[str, tuple[str, ...]]] = {
-    gpu.THROTTLE.name: {"reason": ("power_cap", "thermal_software")},
-    gpu.THROTTLE_ACTIVE.name: {"reason": ("power_cap",)},
-    gpu.ECC_ERRORS.name: {"type": ("corrected", "uncorrected")},
-    gpu.NVLINK_ERRORS.name: {"type": ("replay",)},
-    gpu.PROCESSES.name: {"type": ("compute",)},
-    gpu.XID_ERRORS.name: {"xid": ("31",), "class": ("application",)},
-    gpu.XID_LAST.name: {"xid": ("31",)},
-    gpu.RECOVERY_ACTION.name: {"action": ("none",)},
-    gpu.CAPABILITY.name: {"state": ("unsupported",)},
-    gpu.PROCESSES_CLAMPED.name: {"kind": ("memory",)},
-    gpu.PCIE_LINK_GENERATION.name: {"kind": ("current",)},
-    gpu.PCIE_LINK_WIDTH.name: {"kind": ("current",)},
-    gpu.UP.name: {"reason": ("",)},
-    gpu.DRIVER_UP.name: {"reason": ("",)},
-    engine.REQUESTS.name: {"state": ("running", "waiting")},
-    engine.TENANT_IN_FLIGHT.name: {"state": ("running", "waiting")},
-    engine.TENANT_TOKENS.name: {"kind": ("prompt", "cached", "output", "recomputed")},
-    engine.PREEMPTIONS.name: {"cause": ("kv_full",)},
-    engine.WASTED.name: {"reason": ("recompute", "abort", "error")},
-    engine.UNTRACKED.name: {"reason": ("limit",)},
-    engine.INFO.name: {"engine_name": ("vllm",), "engine_version": ("0.32.0",)},
-    cuda.LEAK_STATE.name: {"state": ("suspected",), "why": ("",)},
-    cuda.EVENT_BYTES.name: {"reason": ("large",)},
-    cuda.EVENT_LINKS.name: {"link": ("exact", "temporal", "none")},
-    probe.CAPABILITY.name: {"state": ("unavailable",), "reason": ("kernel hides it",)},
-    probe.INFO.name: {
-        "engine_name": ("vllm",),
-        "engine_version": ("0.32.0",),
-        "software": ("torch 2.9",),
-        "device_name": ("",),
-        "gpu_claim": ("verified",),
-    },
-    probe.UP.name: {"reason": ("",)},
-    probe.SENDERS.name: {"role": ("worker", "core")},
-    probe.RECORDS.name: {"type": ("pool", "worker", "end")},
-    probe.REFUSED.name: {"reason": ("rate",)},
-    agent.CAPABILITY.name: {"state": ("missing",)},
-    agent.HTTP_REJECTED.name: {"reason": ("limit",)},
-    agent.HTTP_REQUESTS.name: {"code": ("200",)},
-    tracer.FAILURES.name: {"result": ("out_of_memory",)},
-    tracer.RUNTIME_FAILURES.name: {"result": ("2",)},
-    tracer.STATE.name: {"state": ("tracing",)},
-    tracer.HELD_BACK.name: {"reason": ("rate",)},
-    tracer.COST.name: {"part": ("traps", "programs", "collector")},
-    bridge.DROPPED.name: {"reason": ("queue_full",)},
-    bridge.ATTEMPTS.name: {"result": ("ok",)},
-    anomaly.DECOMPOSITION.name: {"part": ("trend", "seasonal", "remainder")},
-    anomaly.REPLICA_CAPACITY.name: {"source": ("measured",)},
-    anomaly.STAGE_SECONDS.name: {"stage": ("read", "analyze")},
-    anomaly.RESTORED.name: {"outcome": ("latest",)},
-}
-
-RANGES: dict[str, tuple[float, float]] = {
-    gpu.UP.name: (1, 1),
-    gpu.DRIVER_UP.name: (1, 1),
-    gpu.SNAPSHOT_AGE.name: (0.1, 0.9),
-    gpu.COLLECTOR_SUCCESS.name: (1, 1),
-    gpu.MEMORY_TOTAL.name: (80 * GIB, 80 * GIB),
-    gpu.MEMORY_RESERVED.name: (0.5 * GIB, 0.5 * GIB),
-    gpu.MEMORY_UNATTRIBUTED.name: (0.2 * GIB, 0.3 * GIB),
-    gpu.POWER.name: (70, 640),
-    gpu.POWER_LIMIT.name: (700, 700),
-    gpu.TEMPERATURE.name: (35, 78),
-    gpu.TEMPERATURE_LIMIT.name: (89, 95),
-    gpu.CLOCK.name: (3e8, 1.98e9),
-    gpu.CLOCK_MAX.name: (1.98e9, 1.98e9),
-    gpu.PROCESSES.name: (1, 1),
-    gpu.NVLINK_UP.name: (1, 1),
-    gpu.ROW_REMAP_PENDING.name: (0, 0),
-    gpu.ROW_REMAP_FAILED.name: (0, 0),
-    gpu.THROTTLE_ACTIVE.name: (0, 1),
-    gpu.ECC_ENABLED.name: (1, 1),
-    gpu.PERFORMANCE_STATE.name: (0, 0),
-    engine.UP.name: (1, 1),
-    engine.REQUESTS.name: (1, 60),
-    engine.KV_POOL_BLOCKS.name: (20_000, 20_000),
-    engine.KV_USED_BLOCKS.name: (1_000, 18_500),
-    engine.KV_CACHED_BLOCKS.name: (400, 1_400),
-    engine.KV_POOL_BYTES.name: (60 * GIB, 60 * GIB),
-    engine.KV_USED_BYTES.name: (3 * GIB, 55 * GIB),
-    engine.KV_CACHED_BYTES.name: (1 * GIB, 4 * GIB),
-    engine.KV_WASTE_BYTES.name: (0.1 * GIB, 1 * GIB),
-    engine.KV_WASTE_TOKENS.name: (300, 3_000),
-    engine.KV_HOLDER.name: (0.02, 0.3),
-    engine.TENANT_GPU_QUOTA.name: (60_000, 60_000),
-    engine.TENANT_KV_QUOTA.name: (0.5, 0.5),
-    engine.EXPERT_IMBALANCE.name: (1.3, 3.2),
-    engine.EXPERT_JAIN.name: (0.6, 0.95),
-    engine.EXPERT_HOTTEST.name: (0, 15),
-    engine.EXPERT_HOTTEST_SHARE.name: (0.08, 0.2),
-    engine.EXPERT_COUNTED.name: (1, 1),
-    engine.ALLOCATOR_ALLOCATED.name: (68 * GIB, 70 * GIB),
-    engine.ALLOCATOR_ACTIVE.name: (70 * GIB, 71 * GIB),
-    engine.ALLOCATOR_RESERVED.name: (72 * GIB, 73 * GIB),
-    engine.ALLOCATOR_INACTIVE_SPLIT.name: (1 * GIB, 9 * GIB),
-    engine.FRAGMENTATION.name: (0.03, 0.25),
-    engine.TENANTS.name: (4, 4),
-    engine.TRACKED.name: (4, 70),
-    agent.CONFIG_RELOAD_OK.name: (1, 1),
-    agent.MEMORY.name: (4e7, 7e7),
-    agent.SERIES.name: (100, 2_000),
-    bridge.UP.name: (1, 1),
-    probe.UP.name: (1, 1),
-    tracer.LIVE.name: (10 * GIB, 36 * GIB),
-    tracer.TRACKED.name: (60 * GIB, 72 * GIB),
-    tracer.UNTRACKED.name: (0.4 * GIB, 0.9 * GIB),
-    tracer.EXACT.name: (1, 1),
-    tracer.AGENT_UP.name: (1, 1),
-    tracer.COST_RATIO.name: (0.001, 0.006),
-    cuda.LEAK_SUSPECTED.name: (1, 1),
-    cuda.LEAK_RATE.name: (2e5, 4e5),
-    cuda.LEAK_GROWTH.name: (1 * GIB, 4 * GIB),
-    cuda.LEAK_PER_REQUEST.name: (1e5, 2e5),
-    cuda.LEAK_STACK.name: (1 * GIB, 3 * GIB),
-    anomaly.SCORE.name: (0.1, 1.6),
-    anomaly.READY.name: (1, 1),
-    anomaly.FORECAST.name: (800, 2_500),
-    anomaly.EXPECTED.name: (800, 1_600),
-    anomaly.LOWER.name: (400, 900),
-    anomaly.UPPER.name: (1_500, 2_600),
-    anomaly.EXHAUSTION.name: (7_000, 40_000),
-    anomaly.REPLICAS.name: (2, 5),
-    anomaly.REPLICA_CAPACITY.name: (500, 600),
-    anomaly.STRANDED.name: (20 * GIB, 30 * GIB),
-    anomaly.STRANDED_SECONDS.name: (7_000, 9_000),
-    anomaly.RECURRING_REPEATS.name: (5, 6),
-    anomaly.FORECAST_USABLE.name: (1, 1),
-    anomaly.FORECAST_WAPE.name: (0.05, 0.15),
-    anomaly.FORECAST_SKILL.name: (0.05, 0.3),
-    anomaly.LEAK.name: (0, 0),
-    anomaly.SILENT.name: (0, 0),
-    anomaly.STRAGGLER.name: (0, 0),
-    anomaly.STRAGGLER_RATIO.name: (0.9, 1.1),
-    anomaly.DECOMPOSITION.name: (-50, 900),
-}
-"""Least and most of a gauge; where a family is not named, the unit tells."""
-BY_UNIT = {
-    "ratio": (0.0, 0.95),
-    "bytes": (1 * GIB, 20 * GIB),
-    "seconds": (0.01, 2.0),
-    "tokens": (100, 1_000),
-    "celsius": (30, 80),
-    "hertz": (1e9, 1.9e9),
-    "watts": (60, 600),
-    "": (0, 2),
-}
-RATES: dict[str, float] = {
-    gpu.ENERGY.name: 400.0,
-    gpu.DRIVER_LOADS.name: 3e-6,
-    gpu.RETIRED_PAGES.name: 1e-7,
-    gpu.PROCESSES_CLAMPED.name: 1e-4,
-    engine.UNTRACKED.name: 1e-5,
-    engine.ALLOCATOR_RETRIES.name: 1e-3,
-    probe.REFUSED.name: 1e-5,
-    agent.HTTP_REJECTED.name: 1e-4,
-    agent.SCRAPE_SECONDS.name: 0.002,
-    agent.SCRAPES.name: 0.6,
-    tracer.LOST.name: 1e-5,
-    bridge.DROPPED.name: 1e-5,
-    gpu.PCIE_TX.name: 2e9,
-    gpu.PCIE_RX.name: 3e9,
-    gpu.NVLINK_TX.name: 2e10,
-    gpu.NVLINK_RX.name: 2e10,
-    gpu.THROTTLE.name: 0.1,
-    gpu.ECC_ERRORS.name: 1e-4,
-    gpu.XID_ERRORS.name: 2e-4,
-    gpu.PCIE_REPLAYS.name: 1e-3,
-    gpu.NVLINK_ERRORS.name: 1e-3,
-    gpu.REMAPPED_ROWS.name: 1e-6,
-    engine.GPU_SECONDS_BY_PART.name: 0.3,
-    engine.IDLE.name: 0.05,
-    engine.HOST_FED.name: 0.02,
-    engine.TENANT_GPU.name: 0.25,
-    engine.TENANT_KV.name: 8 * GIB,
-    engine.TENANT_TOKENS.name: 300.0,
-    engine.TENANT_REQUESTS.name: 0.4,
-    engine.TENANT_PREEMPTIONS.name: 0.02,
-    engine.PREEMPTIONS.name: 0.08,
-    engine.WASTED.name: 0.01,
-    engine.KV_HOG_SECONDS.name: 0.2,
-    engine.STEP_TOKENS.name: 900.0,
-    engine.FLOPS.name: 2e14,
-    engine.EXPERT_SELECTIONS.name: 4_000.0,
-    engine.EXPERT_MATRIX.name: 250.0,
-    engine.OUT_OF_MEMORY.name: 2e-4,
-    engine.ALLOCATOR_OOMS.name: 2e-4,
-    agent.CPU.name: 0.008,
-    anomaly.CPU.name: 0.02,
-    tracer.CPU.name: 0.004,
-    tracer.FAILURES.name: 5e-4,
-    cuda.EVENT_FAILURES.name: 5e-4,
-    tracer.ALLOCATED.name: 3e8,
-    tracer.FREED.name: 3e8,
-    probe.HOOK_SECONDS.name: 0.004,
-    probe.HOOK_ERRORS.name: 1e-5,
-    probe.DROPPED.name: 0.01,
-}
-"""Mean growth per second of a counter; 0.5 where a family is not named."""
-
-
-WEIGHTS: dict[tuple[str, str], float] = {
-    ("outcome", "stop"): 1.6,
-    ("outcome", "length"): 0.4,
-    ("outcome", "abort"): 0.03,
-    ("outcome", "error"): 0.002,
-    ("preempted", "true"): 0.04,
-    ("kind", "prompt"): 4.0,
-    ("kind", "cached"): 1.4,
-    ("kind", "recomputed"): 0.02,
-    ("part", "padding"): 0.08,
-    ("part", "dummy"): 0.02,
-    ("part", "unattributed"): 0.01,
-    ("phase", "padding"): 0.1,
-    ("reason", "thermal_software"): 0.05,
-    ("type", "uncorrected"): 0.0,
-    ("cause", "uncorrected"): 0.0,
-}
-"""How much of a counter falls on a label's value, 1 where it is not named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,13 +150,15 @@ class Fleet:
         shape = load(times, phases) * weights
         if name.endswith("_timestamp_seconds"):
             recent = name in (anomaly.LAST_EVALUATION.name,)
-            return np.where(
-                np.ones_like(shape) > 0, times[:, None] - 30 if recent else self.start - 3_600, 0.0
-            )
+            stamp: FloatArray = (times[:, None] - 30 if recent else self.start - 3_600) + 0 * shape
+            return stamp
         if family.kind is Kind.INFO or family.help.startswith("Always 1"):
             return np.ones_like(shape)
         if name == prices.GPU_HOUR.name:
-            return np.ones_like(shape) * np.array([PRICES.get(own.get("model", ""), 2.0) for own in labels])
+            priced: FloatArray = np.ones_like(shape) * np.array(
+                [PRICES.get(own.get("model", ""), 2.0) for own in labels]
+            )
+            return priced
         low, high = RANGES.get(name, BY_UNIT.get(family.unit, (0.0, 2.0)))
         values: FloatArray = low + (high - low) * shape
         if name == gpu.MEMORY_USED.name:
