@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+WAIT = 250.0
+"""Seconds: a worker that has to load statsmodels on a machine with much else to do takes long."""
+
 
 @dataclass
 class Running:
@@ -35,7 +38,7 @@ class Running:
         return {head: float(value) for head, value in found}
 
     def wait_until(
-        self, beginning: str, holds: Callable[[dict[str, float]], bool], seconds: float = 100
+        self, beginning: str, holds: Callable[[dict[str, float]], bool], seconds: float = WAIT
     ) -> dict[str, float]:
         """Wait until the lines that begin so are as they should be."""
         deadline = time.monotonic() + seconds
@@ -45,7 +48,7 @@ class Running:
             time.sleep(0.05)
         return found
 
-    def wait(self, beginning: str, value: float, *labels: str, seconds: float = 100) -> None:
+    def wait(self, beginning: str, value: float, *labels: str, seconds: float = WAIT) -> None:
         """Wait until a line that begins so, and holds these `labels` as it writes them, has the value."""
 
         def holds(found: dict[str, float]) -> bool:
@@ -53,7 +56,7 @@ class Running:
 
         self.wait_until(beginning, holds, seconds)
 
-    def said(self, words: str, seconds: float = 100) -> str:
+    def said(self, words: str, seconds: float = WAIT) -> str:
         """The next line with these words on standard error."""
         deadline = time.monotonic() + seconds
         while True:

@@ -72,7 +72,7 @@ def config(url: str, **sections: Any) -> Config:
         "queries": [{"name": "load", "expr": "load", "history": "3d", "offset": "0s", "interval": "5m"}],
         **sections,
     }
-    document["prometheus"] = {"url": url, "timeout": "5s", **document.get("prometheus", {})}
+    document["prometheus"] = {"url": url, "timeout": "60s", **document.get("prometheus", {})}
     return parse(document, "test", KINDS, PRESETS)
 
 

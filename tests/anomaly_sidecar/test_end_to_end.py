@@ -23,6 +23,9 @@ from tests.support import history
 from tests.support.ports import free_port
 from tests.support.prometheus import Prometheus, promtool_check_metrics, running_prometheus
 
+pytestmark = pytest.mark.timeout(300)
+"""Seconds: they take a tenth of it, where nothing else runs."""
+
 NAME = "test_load"
 LABELS = [
     {"job": "engines", "instance": f"10.0.0.{number}:8000", "gpu_uuid": f"GPU-{number}"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.anomaly_sidecar.process import Running, running_sidecar
+from tests.anomaly_sidecar.process import WAIT, Running, running_sidecar
 from tests.anomaly_sidecar.shifted import shifted
 from tests.support import history
 from tests.support.ports import free_port
@@ -26,7 +26,7 @@ TAKEN = 'gpuglass_anomaly_fits_total{query="load",result="taken"}'
 
 def worker_of(sidecar: Running) -> int:
     """The process number of its worker, as soon as there is one."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + WAIT
     while True:
         assert time.monotonic() < deadline, "no worker"
         for children in Path(f"/proc/{sidecar.process.pid}/task").glob("*/children"):
@@ -37,7 +37,7 @@ def worker_of(sidecar: Running) -> int:
 
 
 @pytest.mark.needs("debian-prometheus")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_forecasts_go_on_while_the_worker_is_stopped_and_killed_and_are_fitted_daily(
     debian_prometheus: Path, debian_promtool: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_forecasts_go_on_while_the_worker_is_stopped_and_killed_and_are_fitted_d
 
             worker = worker_of(sidecar)
             os.kill(worker, signal.SIGSTOP)
-            found = server.wait_for('gpuglass_forecast{horizon="30m", quantile="0.9"}', 100)
+            found = server.wait_for('gpuglass_forecast{horizon="30m", quantile="0.9"}', WAIT)
             assert sorted(sample.labels["service"] for sample in found) == [f"s{n}" for n in range(SERIES)]
             sidecar.wait("gpuglass_anomaly_worker_jobs_pending", SERIES)
             assert sidecar.samples(JOBS) == {JOBS: 0}

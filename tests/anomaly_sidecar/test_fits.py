@@ -18,6 +18,9 @@ from tests.anomaly_sidecar.fake_server import FakeServer, running
 from tests.anomaly_sidecar.rig import ManualClock, Rig, fleet, sidecar_on
 from tests.anomaly_sidecar.scripted import START, Floats, day_course
 
+pytestmark = pytest.mark.timeout(300)
+"""Seconds: they take a tenth of it, where nothing else runs."""
+
 STEP = 900.0
 CELLS = 96
 DELAY = 4

@@ -17,6 +17,9 @@ from gpuglass.families import anomaly as families
 from tests.anomaly_sidecar.scripted import DAY, START, Floats, day_course
 from tests.support import demand
 
+pytestmark = pytest.mark.timeout(300)
+"""Seconds: they take a tenth of it, where nothing else runs."""
+
 STEP = 900.0
 CELLS = 96
 DAYS = 12

@@ -23,6 +23,9 @@ from tests.anomaly_sidecar.fake_server import FakeServer, Series, running
 from tests.anomaly_sidecar.rig import DAY, ManualClock, Rig, fleet, load_at, sidecar_on
 from tests.support.ports import free_port
 
+pytestmark = pytest.mark.timeout(300)
+"""Seconds: they take a tenth of it, where nothing else runs."""
+
 SCORE = "gpuglass_anomaly_score"
 READY = "gpuglass_anomaly_ready"
 LAST = "gpuglass_anomaly_last_evaluation_timestamp_seconds"
@@ -370,6 +373,7 @@ import numpy as np
 from pathlib import Path
 from anomaly_sidecar import snapshot
 from anomaly_sidecar.interface import State
+
 path, number = Path(sys.argv[1]), 0
 while True:
     number += 1
