@@ -6,7 +6,7 @@ In: expressions as text. Out: expressions and templates as text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gpuglass.families import prices
 from gpuglass.promql import Match, Metric, aggregate, duration, increase, select, times
@@ -88,12 +88,8 @@ PRICE_OF_MODEL = (
 )
 """Template: price of an hour of the alert's card with its currency; nothing where no price is configured."""
 
-REQUESTS_URL = (
-    "{base}/gpuglass-requests?var-cluster={{{{ $labels.cluster | urlquery }}}}"
-    "&var-model_name={{{{ $labels.model_name | urlquery }}}}&var-tenant={{{{ $labels.tenant | urlquery }}}}"
-)
 
-
-def requests_url(dashboard_base: str) -> str:
+def requests_url(dashboard_base: str, variables: Mapping[str, str] = REQUEST_VARIABLES) -> str:
     """Template: the requests of the alert's model and tenant, whose exemplars lead to the traces."""
-    return REQUESTS_URL.format(base=dashboard_base)
+    chosen = "&".join(f"var-{name}={{{{ $labels.{label} | urlquery }}}}" for name, label in variables.items())
+    return f"{dashboard_base}/gpuglass-requests?{chosen}"

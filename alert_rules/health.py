@@ -13,7 +13,7 @@ from alert_rules.common import (
     per_node,
 )
 from gpuglass.families import agent, gpu
-from gpuglass.promql import aggregate, duration, increase, over_time, regex, select
+from gpuglass.promql import aggregate, duration, increase, one_of, over_time, select
 from recording_rules import records
 from recording_rules.model import Alert, Record, Severity
 from recording_rules.records import DEVICE
@@ -180,7 +180,7 @@ def _throttled(
     settings: Settings, name: str, reasons: tuple[str, ...], ratio: float, hold: float, summary: str
 ) -> Alert:
     # Reasons hold at the same time: their shares do not add up.
-    share = aggregate("max", DEVICE, select(records.DEVICE_THROTTLED, reason=regex("|".join(reasons))))
+    share = aggregate("max", DEVICE, select(records.DEVICE_THROTTLED, reason=one_of(reasons)))
     return _device(
         name,
         f"{share} > {ratio:g}",

@@ -53,7 +53,7 @@ def _burn(settings: Settings, objective: str, severity: Severity) -> Alert:
         "gpuglass-requests",
         hold=settings.alerts.latency.burn_for,
         variables=MODEL_VARIABLES,
-        annotations={"traces_url": requests_url(settings.dashboard_base)},
+        annotations={"traces_url": requests_url(settings.dashboard_base, MODEL_VARIABLES)},
     )
 
 

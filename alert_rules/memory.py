@@ -130,7 +130,7 @@ def _out_of_memory(settings: Settings) -> Alert:
         "{{ with $labels.workload_pod }} in pod {{ . }}{{ end }}.",
         "gpuglass-cuda-memory",
         variables=DEVICE_VARIABLES,
-        annotations={"traces_url": requests_url(settings.dashboard_base)},
+        annotations={"traces_url": requests_url(settings.dashboard_base, MODEL_VARIABLES)},
     )
 
 
