@@ -21,7 +21,7 @@ class MemoryAlerts(Section, frozen=True):
     """GPU memory and KV cache."""
 
     leak_window: Annotated[
-        Seconds, between(60, DAY, "s", "an hour of five-minute floors tells a leak from a step")
+        Seconds, between(10, DAY, "s", "an hour of five-minute floors tells a leak from a step")
     ] = Seconds(3600)
     leak_bytes_per_second: Annotated[
         float, between(1, 1e12, "bytes/s", "a quarter of a GiB an hour: 80 GB are full in two weeks")

@@ -18,13 +18,12 @@ from gpuglass.promql import (
     divide,
     duration,
     first_of,
-    histogram_at_most,
-    histogram_count,
     histogram_rates,
     not_equal,
     one_of,
     over_time,
-    quantile_of,
+    parenthesize,
+    regex,
     select,
 )
 from recording_rules import foreign as f
@@ -32,7 +31,7 @@ from recording_rules import records as r
 from recording_rules.devices import renamed
 from recording_rules.engines import TRITON, VLLM
 from recording_rules.foreign import Foreign
-from recording_rules.model import Group, Rule
+from recording_rules.model import Group, Record, Rule
 from recording_rules.options import Options
 from recording_rules.settings import Settings
 
@@ -54,56 +53,106 @@ _SGLANG_DURATION = (*_SGLANG_FIRST_TOKEN, 600, 1200, 1800, 2400)
 
 
 @dataclass(frozen=True, slots=True)
-class _Histogram:
+class _Source:
     """Where a latency is read: a metric, how to match it, and its bounds where they are known."""
 
     metric: Family | Foreign
     bounds: tuple[float, ...] = ()
     triton: bool = False
 
-    @property
-    def is_sglang(self) -> bool:
-        return isinstance(self.metric, Foreign) and self.metric.exporter == "sglang"
+    def rates(self, window: float, options: Options) -> list[str]:
+        """Histograms per second by model, one expression for each spelling."""
+        made = []
+        for metric in self._spellings():
+            rates = histogram_rates(options.histograms, metric, window, **self._matchers())
+            made.append(
+                aggregate("sum", _by(options), renamed(rates, model_name="model") if self.triton else rates)
+            )
+        return made
 
-    def matchers(self) -> dict[str, str | Match]:
+    def _spellings(self) -> list[Family | Foreign]:
+        if isinstance(self.metric, Foreign) and self.metric.exporter == "sglang":
+            return [self.metric, f.escaped(self.metric)]
+        return [self.metric]
+
+    def _matchers(self) -> dict[str, str | Match]:
         if isinstance(self.metric, Family) or self.metric.exporter == "trtllm":
             return {}
-        return dict(TRITON if self.triton else {"priority": ""} if self.is_sglang else VLLM)
-
-    def bound(self, seconds: float) -> float | None:
-        """The largest bound of at most `seconds`: an engine without that very bound has a stricter
-        objective."""
-        return max((bound for bound in self.bounds if bound <= seconds), default=None)
+        return {"priority": ""} if self.metric.exporter == "sglang" else TRITON if self.triton else VLLM
 
 
-def _probe(family: Family) -> _Histogram:
-    return _Histogram(family, family.buckets)
+@dataclass(frozen=True, slots=True)
+class _Latency:
+    """A latency: where it is read, the best source first, and what is recorded of it."""
+
+    sources: tuple[_Source, ...]
+    buckets: Record
+    quantiles: Record
+    slo: str = ""
+
+    def read(self, options: Options) -> list[_Source]:
+        """The sources that the options leave."""
+        ours = [one for one in self.sources if isinstance(one.metric, Family)]
+        theirs = [one for one in self.sources if one not in ours]
+        return [
+            *(ours if options.source != "dcgm" else ()),
+            *(theirs if options.source != "gpuglass" else ()),
+        ]
 
 
-_FIRST_TOKEN = (
-    _probe(engine.REQUEST_FIRST_TOKEN),
-    _Histogram(f.VLLM_FIRST_TOKEN, _VLLM_FIRST_TOKEN),
-    _Histogram(f.SGLANG_FIRST_TOKEN, _SGLANG_FIRST_TOKEN),
-    _Histogram(f.TRTLLM_FIRST_TOKEN, _VLLM_FIRST_TOKEN),
-    _Histogram(f.VLLM_FIRST_TOKEN, triton=True),
-)
-_INTER_TOKEN = (  # the probe does not see single tokens
-    _Histogram(f.VLLM_INTER_TOKEN, _VLLM_INTER_TOKEN),
-    _Histogram(f.SGLANG_INTER_TOKEN),
-    _Histogram(f.TRITON_VLLM_INTER_TOKEN, triton=True),
-)
-_DURATION = (
-    _probe(engine.REQUEST_DURATION),
-    _Histogram(f.VLLM_DURATION, _VLLM_DURATION),
-    _Histogram(f.SGLANG_DURATION, _SGLANG_DURATION),
-    _Histogram(f.TRTLLM_DURATION, _VLLM_DURATION),
-    _Histogram(f.VLLM_DURATION, triton=True),
-)
-_QUEUE = (
-    _probe(engine.REQUEST_QUEUE),
-    _Histogram(f.VLLM_QUEUE),
-    _Histogram(f.SGLANG_QUEUE),
-    _Histogram(f.TRTLLM_QUEUE),
+def _by(options: Options) -> tuple[str, ...]:
+    return r.MODEL if options.histograms == "native" else (*r.MODEL, "le")
+
+
+def _probe(family: Family) -> _Source:
+    return _Source(family, family.buckets)
+
+
+LATENCIES = (
+    _Latency(
+        (
+            _probe(engine.REQUEST_FIRST_TOKEN),
+            _Source(f.VLLM_FIRST_TOKEN, _VLLM_FIRST_TOKEN),
+            _Source(f.SGLANG_FIRST_TOKEN, _SGLANG_FIRST_TOKEN),
+            _Source(f.TRTLLM_FIRST_TOKEN, _VLLM_FIRST_TOKEN),
+            _Source(f.VLLM_FIRST_TOKEN, triton=True),
+        ),
+        r.MODEL_FIRST_TOKEN_BUCKETS,
+        r.MODEL_FIRST_TOKEN,
+        "first_token",
+    ),
+    _Latency(  # the probe does not see single tokens
+        (
+            _Source(f.VLLM_INTER_TOKEN, _VLLM_INTER_TOKEN),
+            _Source(f.SGLANG_INTER_TOKEN),
+            _Source(f.TRITON_VLLM_INTER_TOKEN, triton=True),
+        ),
+        r.MODEL_INTER_TOKEN_BUCKETS,
+        r.MODEL_INTER_TOKEN,
+        "inter_token",
+    ),
+    _Latency(
+        (
+            _probe(engine.REQUEST_DURATION),
+            _Source(f.VLLM_DURATION, _VLLM_DURATION),
+            _Source(f.SGLANG_DURATION, _SGLANG_DURATION),
+            _Source(f.TRTLLM_DURATION, _VLLM_DURATION),
+            _Source(f.VLLM_DURATION, triton=True),
+        ),
+        r.MODEL_DURATION_BUCKETS,
+        r.MODEL_DURATION,
+        "request_duration",
+    ),
+    _Latency(
+        (
+            _probe(engine.REQUEST_QUEUE),
+            _Source(f.VLLM_QUEUE),
+            _Source(f.SGLANG_QUEUE),
+            _Source(f.TRTLLM_QUEUE),
+        ),
+        r.MODEL_QUEUE_BUCKETS,
+        r.MODEL_QUEUE,
+    ),
 )
 
 
@@ -111,64 +160,42 @@ def groups(settings: Settings, options: Options) -> list[Group]:
     """The groups of quantiles and of service levels. Windows of a day and more are evaluated less often."""
     windows = settings.slo.windows()
     short = [w for w in windows if w <= 6 * 3600]
-    interval, slow = float(settings.windows.interval), float(settings.windows.long_interval)
-    base = [*_quantiles(settings, options), *_objectives(settings, options)]
+    base = [*_histograms(settings, options), *_objectives(settings, options)]
     return [
-        Group("gpuglass-latency.rules", interval, tuple(base)),
+        Group("gpuglass-latency.rules", float(settings.windows.interval), tuple(base)),
         Group("gpuglass-slo.rules", float(settings.windows.slow_interval), tuple(_over(short))),
-        Group("gpuglass-slo-long.rules", slow, tuple(_over([w for w in windows if w not in short]))),
+        Group(
+            "gpuglass-slo-long.rules",
+            float(settings.windows.long_interval),
+            tuple(_over([w for w in windows if w not in short])),
+        ),
     ]
 
 
-def _sources(all_of: Sequence[_Histogram], options: Options) -> list[_Histogram]:
-    ours = [one for one in all_of if isinstance(one.metric, Family)]
-    return [
-        *(ours if options.source != "dcgm" else ()),
-        *(one for one in all_of if one not in ours and options.source != "gpuglass"),
-    ]
-
-
-def _spellings(one: _Histogram) -> list[Family | Foreign]:
-    return (
-        [one.metric, f.escaped(one.metric)]
-        if isinstance(one.metric, Foreign) and one.is_sglang
-        else [one.metric]
-    )
-
-
-def _by_model(one: _Histogram, rates: str) -> str:
-    return renamed(rates, model_name="model") if one.triton else rates
-
-
-def _quantiles(settings: Settings, options: Options) -> Iterator[Rule]:
+def _histograms(settings: Settings, options: Options) -> Iterator[Rule]:
+    """Raw histograms are read once, and everything else from what is recorded of them by model."""
     window = float(settings.windows.rate)
-    for record, histograms in (
-        (r.MODEL_FIRST_TOKEN, _FIRST_TOKEN),
-        (r.MODEL_INTER_TOKEN, _INTER_TOKEN),
-        (r.MODEL_DURATION, _DURATION),
-        (r.MODEL_QUEUE, _QUEUE),
-    ):
-        found = [
-            (one, _by_model(one, histogram_rates(options.histograms, metric, window, **one.matchers())))
-            for one in _sources(histograms, options)
-            for metric in _spellings(one)
-        ]
-        for quantile in QUANTILES if found else ():
+    for latency in LATENCIES:
+        found = [rates for source in latency.read(options) for rates in source.rates(window, options)]
+        if not found:
+            continue
+        yield Rule(latency.buckets, first_of(*found, on=r.MODEL))
+        for quantile in QUANTILES:
             # Without requests a quantile is NaN, which compares false.
-            parts = [
-                f"{quantile_of(options.histograms, quantile, rates, r.MODEL)} >= 0" for _, rates in found
-            ]
-            yield Rule(record, first_of(*parts, on=r.MODEL), {"quantile": f"{quantile:g}"})
+            value = f"histogram_quantile({quantile:g}, {select(latency.buckets)}) >= 0"
+            yield Rule(latency.quantiles, value, {"quantile": f"{quantile:g}"})
 
 
 def _objectives(settings: Settings, options: Options) -> Iterator[Rule]:
     slo = settings.slo
-    for name, histograms, seconds in (
-        ("first_token", _FIRST_TOKEN, slo.first_token.seconds),
-        ("inter_token", _INTER_TOKEN, slo.inter_token.seconds),
-        ("request_duration", _DURATION, slo.request_duration.seconds),
-    ):
-        yield from _latency_objective(name, histograms, seconds, settings, options)
+    seconds = {
+        "first_token": slo.first_token.seconds,
+        "inter_token": slo.inter_token.seconds,
+        "request_duration": slo.request_duration.seconds,
+    }
+    for latency in LATENCIES:
+        if latency.slo and latency.read(options):
+            yield from _latency_objective(latency, seconds[latency.slo], options)
     ended = aggregate("sum", r.MODEL, select(r.MODEL_REQUESTS, outcome=not_equal("abort")))
     failed = aggregate("sum", r.MODEL, select(r.MODEL_REQUESTS, outcome=one_of(("error", "rejected"))))
     yield Rule(r.SLO_TOTAL, ended, {"slo": "errors"})
@@ -183,29 +210,36 @@ def _objectives(settings: Settings, options: Options) -> Iterator[Rule]:
         yield Rule(r.SLO_BUDGET, f"{models} * {1 - objective:.10g}", {"slo": name})
 
 
-def _latency_objective(
-    name: str, histograms: Sequence[_Histogram], seconds: float, settings: Settings, options: Options
-) -> Iterator[Rule]:
-    window, form = float(settings.windows.rate), options.histograms
-    totals, bads = [], []
-    for one in _sources(histograms, options):
-        bound = one.bound(seconds)
-        if bound is None:
-            continue
-        for metric in _spellings(one):
-            matchers = one.matchers()
-            total, fast = (
-                aggregate("sum", r.MODEL, rates)
-                for rates in (
-                    histogram_count(form, metric, window, **matchers),
-                    histogram_at_most(form, bound, metric, window, **matchers),
-                )
-            )
-            totals.append(total)
-            bads.append(f"clamp_min({total} - {fast}, 0)")
-    if totals:
-        yield Rule(r.SLO_TOTAL, first_of(*totals, on=r.MODEL), {"slo": name})
-        yield Rule(r.SLO_BAD, first_of(*bads, on=r.MODEL), {"slo": name})
+def _latency_objective(latency: _Latency, seconds: float, options: Options) -> Iterator[Rule]:
+    """What misses an objective. Of an engine without that very bound the next lower one counts: the objective
+    is stricter for it then."""
+    sources = latency.read(options)
+    bounds = {b for b in (_largest(source.bounds, seconds) for source in sources) if b is not None}
+    if not bounds:
+        return
+    if options.histograms == "native":
+        total = f"histogram_count({select(latency.buckets)})"
+        # Without observations the fraction is NaN, which compares false: nothing missed the objective then.
+        share = f"histogram_fraction(0, {max(bounds):g}, {select(latency.buckets)})"
+        bad = first_of(f"clamp_min(1 - ({share} >= 0), 0) * {total}", f"{total} * 0")
+    else:
+        total = aggregate("sum", r.MODEL, select(latency.buckets, le="+Inf"))
+        fast = first_of(
+            *(aggregate("sum", r.MODEL, _bucket(latency.buckets, b)) for b in sorted(bounds, reverse=True)),
+            on=r.MODEL,
+        )
+        bad = f"clamp_min({total} - {parenthesize(fast)}, 0)"
+    yield Rule(r.SLO_TOTAL, total, {"slo": latency.slo})
+    yield Rule(r.SLO_BAD, bad, {"slo": latency.slo})
+
+
+def _largest(bounds: Sequence[float], seconds: float) -> float | None:
+    return max((bound for bound in bounds if bound <= seconds), default=None)
+
+
+def _bucket(buckets: Record, bound: float) -> str:
+    """A bucket by its bound: a whole number is written with `.0` or without."""
+    return select(buckets, le=regex(rf"{bound:g}(\.0)?") if bound == int(bound) else f"{bound:g}")
 
 
 def _over(windows: Sequence[float]) -> Iterator[Rule]:

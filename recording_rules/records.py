@@ -225,6 +225,20 @@ MODEL_DURATION = Record(
 MODEL_QUEUE = Record(
     "model:request_queue_seconds:quantile", _QUANTILE, "seconds", "Time in the queue (0.5, 0.95, 0.99)."
 )
+_BUCKETS = (*MODEL, "le")
+MODEL_FIRST_TOKEN_BUCKETS = Record(
+    "model:first_token_seconds_bucket:rate", _BUCKETS, "events/s",
+    "Histogram of times to first token: cumulative buckets, or a native histogram without le.",
+)  # fmt: skip
+MODEL_INTER_TOKEN_BUCKETS = Record(
+    "model:inter_token_seconds_bucket:rate", _BUCKETS, "events/s", "The same of times between tokens."
+)
+MODEL_DURATION_BUCKETS = Record(
+    "model:request_duration_seconds_bucket:rate", _BUCKETS, "events/s", "The same of times of requests."
+)
+MODEL_QUEUE_BUCKETS = Record(
+    "model:request_queue_seconds_bucket:rate", _BUCKETS, "events/s", "The same of times in the queue."
+)
 _SLO = (*MODEL, "slo")
 SLO_TOTAL = Record(
     "model:slo_total:rate", _SLO, "events/s",
