@@ -17,6 +17,8 @@ def _query(name: str, expr: str, **settings: Any) -> dict[str, Any]:
 
 GIB = float(1 << 30)
 
+_ENGINE = ", ".join(engine.ENGINE)
+_WORKER = ", ".join(engine.WORKER)
 _TOKENS = "sum by (model_name) (rate(vllm:generation_tokens_total[5m]))"
 _RUNNING = "sum by (model_name) (vllm:num_requests_running)"
 _WAITING = "sum by (model_name) (vllm:num_requests_waiting)"
@@ -84,7 +86,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "queries": (
             _query(
                 "kv_used",
-                f"max by (model_name, engine) ({engine.KV_USED_BLOCKS.name} / {engine.KV_POOL_BLOCKS.name})",
+                f"max by ({_ENGINE}) ({engine.KV_USED_BLOCKS.name} / {engine.KV_POOL_BLOCKS.name})",
                 min_deviation=0.1,
                 valid=[0, 1],
             ),
@@ -94,9 +96,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                 "name": "kv_exhaustion",
                 "kind": "forecast",
                 "inputs": {
-                    "value": f"max by (model_name, engine) ({engine.KV_USED_BLOCKS.name})",
-                    "limit": f"max by (model_name, engine) ({engine.KV_POOL_BLOCKS.name})",
+                    "value": f"max by ({_ENGINE}) ({engine.KV_USED_BLOCKS.name})",
+                    "limit": f"max by ({_ENGINE}) ({engine.KV_POOL_BLOCKS.name})",
                 },
+            },
+            {
+                "name": "engine_fragmentation",  # the alert on daily peaks knows it by its name
+                "kind": "recurring",
+                "inputs": {"value": f"max by ({_WORKER}) ({engine.FRAGMENTATION.name})"},
+            },
+            {
+                "name": "engine_straggler",
+                "kind": "straggler",
+                "inputs": {
+                    "value": f"sum by ({_WORKER}) (rate({engine.STEP.name}_sum[2m]))"
+                    f" / (sum by ({_WORKER}) (rate({engine.STEP.name}_count[2m])) > 0)",
+                },
+                "settings": {"group_by": list(engine.ENGINE)},
             },
         ),
     },
@@ -185,6 +201,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             {
                 "name": "vllm_demand_forecast",
                 "kind": "forecast",
+                "inputs": {"value": f"{_RUNNING} + {_WAITING}"},
+            },
+            {
+                "name": "vllm_demand_peaks",
+                "kind": "recurring",
                 "inputs": {"value": f"{_RUNNING} + {_WAITING}"},
             },
             {
