@@ -20,6 +20,7 @@ from tests.alert_rules.world import Values, World, growing, missing, steady
 
 MINUTES = 95
 MIB = 2.0**20
+OF_MODEL = "/d/gpuglass-requests?var-cluster=&var-model_name={}"
 REQUESTS = "/d/gpuglass-requests?var-cluster=&var-model_name={}&var-tenant={}"
 
 
@@ -135,7 +136,7 @@ def _out_of_memory(world: World) -> None:
         "GPUOutOfMemory", "warning", "memory",
         f"2 times in 15m memory ran out on {named('GPU-oom')}, for model llama-oom, engine 0 in pod "
         "llama-oom-0.",
-        what, traces_url=REQUESTS.format("llama-oom", "").removesuffix("&var-tenant="),
+        what, traces_url=OF_MODEL.format("llama-oom").removesuffix("&var-tenant="),
     )  # fmt: skip
     add_gpu(world, "GPU-oom-job", "node-b")
     failed("GPU-oom-job", missing(90).then(steady(1)), "node-b")
@@ -147,7 +148,7 @@ def _out_of_memory(world: World) -> None:
             **device("GPU-oom-job", "node-b"), "process": "python3", "workload_namespace": "prod",
             "workload_pod": "job-GPU-oom-job",
         },
-        traces_url=REQUESTS.format("", "").removesuffix("&var-tenant="),
+        traces_url=OF_MODEL.format("").removesuffix("&var-tenant="),
     )  # fmt: skip
     world.near("GPUOutOfMemory", "half an hour ago")
     of_worker("llama-oom-old", "GPU-oom-old", steady(0, 60).then(steady(2)))

@@ -44,7 +44,7 @@ COMPRESSED: Mapping[str, Any] = {
         "ticket_slow": {"long": "100s", "short": "30s"},
     },
     "alerts": {
-        "memory": {"leak_window": "60s", "leak_for": "2s", "hog_for": "3s"},
+        "memory": {"leak_window": "30s", "leak_for": "2s", "hog_for": "3s"},
         "latency": {"burn_for": "3s", "stalled_for": "30s"},
         "tenants": {"quota_for": "10s"},
         "health": {"lost_for": "3s"},
