@@ -25,7 +25,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "exporters.vllm": frozenset({"gpuglass", "exporters.engine_probe"}),  # the probe's records
     "exporters.engine_probe": frozenset(),  # runs inside of the engine: it stands alone
     "ebpf": frozenset({"gpuglass", "exporters.engine_probe"}),  # sends by the same records
-    "otel_bridge": frozenset({"gpuglass", "exporters.vllm"}),
+    "otel_bridge": frozenset({"gpuglass", "exporters.vllm", "exporters.engine_probe"}),  # hears its records
     "recording_rules": frozenset({"gpuglass"}),
     "alert_rules": frozenset({"gpuglass", "recording_rules"}),  # alerts read records
     "dashboards": frozenset({"gpuglass", "recording_rules", "alert_rules"}),  # and show both
