@@ -268,6 +268,7 @@ class Sidecar:
                 running.request = None  # what is being read is of the old unit, and will be dropped
                 running.unit = Unit(unit.spec, running.made.make())
                 running.unit.counts = unit.counts
+                unit.analyzer.evict(unit.table.rows())
 
     def _say(self, trouble: str) -> None:
         if trouble and trouble != self._trouble:
