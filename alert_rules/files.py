@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from alert_rules import document as alerts_document
 from alert_rules import groups as alerts
 from recording_rules import check, document
 from recording_rules import groups as records
@@ -40,9 +41,13 @@ def committed() -> dict[Path, str]:
         _PACKAGES / "recording_rules/generated" / f"{RECORDS}.yaml": made[f"{RECORDS}.yaml"],
         _PACKAGES / "alert_rules/generated" / f"{ALERTS}.yaml": made[f"{ALERTS}.yaml"],
     }
-    page = _PACKAGES / "recording_rules/README.md"
-    if page.exists():  # an installed package has no READMEs
-        wanted[page] = document.updated(page, document.TABLES)
+    for package, tables in (
+        ("recording_rules", document.TABLES),
+        ("alert_rules", alerts_document.TABLES),
+    ):
+        page = _PACKAGES / package / "README.md"
+        if page.exists():  # an installed package has no READMEs
+            wanted[page] = document.updated(page, tables)
     return wanted
 
 
