@@ -8,7 +8,7 @@ from recording_rules.settings import Settings
 
 
 def groups(settings: Settings) -> list[Group]:
-    """Groups of alerting rules; those about money are evaluated with the records that they read."""
+    """Groups of alerting rules; those about money and about the pack itself can wait."""
     fast, slow = settings.windows.interval, settings.windows.slow_interval
     return [
         Group("gpuglass-health", fast, health.alerts(settings)),
@@ -16,7 +16,7 @@ def groups(settings: Settings) -> list[Group]:
         Group("gpuglass-memory", fast, memory.alerts(settings)),
         Group("gpuglass-balance", fast, balance.alerts(settings)),
         Group("gpuglass-cost", slow, cost.alerts(settings)),
-        Group("gpuglass-self", fast, monitoring.alerts(settings)),
+        Group("gpuglass-self", slow, monitoring.alerts(settings)),
     ]
 
 

@@ -19,8 +19,6 @@ from recording_rules.model import Alert, Record, Severity
 from recording_rules.records import DEVICE
 from recording_rules.settings import Settings
 
-DAY = 86400.0
-
 
 def alerts(settings: Settings) -> tuple[Alert, ...]:
     """Availability first, then errors, throttling, links, and what the figures are worth."""
@@ -203,18 +201,17 @@ def _nvlink_errors(settings: Settings) -> Alert:
 
 
 def _nvlink_down(settings: Settings) -> Alert:
+    t = settings.alerts.health
     # Links that were never up are not wired.
-    down = both(
-        f"{aggregate('max', ('gpu_uuid', 'link'), select(gpu.NVLINK_UP))} == 0",
-        f"{aggregate('max', ('gpu_uuid', 'link'), over_time('max', gpu.NVLINK_UP, DAY))} == 1",
-    )
+    before = over_time("max", records.DEVICE_NVLINKS_UP, t.link_window)
     return _device(
         "GPUNVLinkDown",
-        on_device(aggregate("count", ("gpu_uuid",), down)),
+        f"{before} - {select(records.DEVICE_NVLINKS_UP)} > 0",
         "warning",
-        "An NVLink that was up is down",
-        f'{{{{ $value | printf "%.0f" }}}} NVLinks of {GPU_NAME} are down that were up within a day.',
-        hold=settings.alerts.health.link_for,
+        "NVLinks that were up are down",
+        f'{{{{ $value | printf "%.0f" }}}} NVLinks of {GPU_NAME} are down that were up within '
+        f"{duration(t.link_window)}.",
+        hold=t.link_for,
     )
 
 

@@ -127,6 +127,9 @@ class HealthAlerts(Section, frozen=True):
         float, between(0, 1e9, "events", "in the window; single replays are mended by the link itself")
     ] = 100.0
     pcie_replays: Annotated[float, between(0, 1e9, "events", "in the window; a seated card has none")] = 100.0
+    link_window: Annotated[
+        Seconds, between(60, DAY, "s", "a link that has been down for longer was seen, or is not wired")
+    ] = Seconds(6 * 3600)
     link_for: Annotated[Seconds, _hold("links train anew after a reset")] = Seconds(600)
     disagree_busy_ratio: Annotated[
         float, between(0, 1, "ratio", "the driver says so busy while the profiling counters say idle")

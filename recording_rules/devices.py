@@ -191,6 +191,8 @@ def _devices(settings: Settings, options: Options) -> list[Rule]:
         d.growth(gpu.PCIE_REPLAYS),
         [aggregate("max", GPU, renamed(replays, gpu_uuid="UUID"))],
     )
+    links = aggregate("max", (*GPU, "link"), select(gpu.NVLINK_UP))
+    d.add(r.DEVICE_NVLINKS_UP, [aggregate("sum", GPU, links)])
     d.add(r.DEVICE_NVLINK_ERRORS, d.growth(gpu.NVLINK_ERRORS, "type"))
     _errors(d)
     return d.rules

@@ -92,6 +92,7 @@ DEVICE_PCIE_REPLAYS = Record(
 DEVICE_NVLINK_ERRORS = Record(
     "device:nvlink_errors:rate", (*DEVICE, "type"), "events/s", "NVLink errors by type, all links together."
 )
+DEVICE_NVLINKS_UP = Record("device:nvlinks_up:sum", DEVICE, "", "NVLinks of the GPU that are active.")
 DEVICE_XID = Record(
     "device:xid_errors:increase", (*DEVICE, "xid", "class"), "events",
     "XID errors in the rate window by code and class; dcgm-exporter keeps the last code only: class unknown.",

@@ -203,7 +203,7 @@ def _links(world: World) -> None:
     of_gpu(world, gpu.NVLINK_UP, steady(1), "GPU-unlinked", link="4")
     world.fires(
         "GPUNVLinkDown", "warning", "health",
-        f"2 NVLinks of {named('GPU-unlinked')} are down that were up within a day.", device("GPU-unlinked"),
+        f"2 NVLinks of {named('GPU-unlinked')} are down that were up within 6h.", device("GPU-unlinked"),
     )  # fmt: skip
     world.near("GPUNVLinkDown", "links that are not wired")
     add_gpu(world, "GPU-unwired")
