@@ -42,7 +42,7 @@ COLUMN = 0.68
 """Inches that a grid column is wide."""
 LINE = 0.30
 """Inches that a grid line is high."""
-DPI = 72
+DPI = 80
 GREY = "#555555"
 MAX_ROWS = 40
 """Rows of a map that are drawn with names."""
@@ -91,25 +91,16 @@ def draw(
             weight="bold",
             color="#333333",
         )
-        inner = figure.add_axes(
-            _inner(
-                panel["type"],
-                'axisPlacement": "right' in json.dumps(panel),
-                left,
-                top,
-                wide,
-                high,
-                width,
-                height,
-            )
-        )
+        inner = figure.add_axes(_inner(panel, left, top, wide, high, width, height))
         _panel(inner, panel, client, time, variables)
     drawn = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}):
         figure.savefig(drawn, dpi=DPI)
     try:
-        # A palette of 96 colours is a third of the size.
-        Image.open(drawn).convert("RGB").quantize(96).save(path, optimize=True)
+        # A palette of colours is a third of the size.
+        Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(
+            path, optimize=True
+        )
     except OSError as error:
         raise UserError(f"--out {path.parent}: cannot write there: {error.strerror}") from None
 
@@ -127,16 +118,24 @@ def _texts(
 
 
 def _inner(
-    kind: str, right: bool, left: float, top: float, wide: float, high: float, width: float, height: float
+    panel: Mapping[str, Any], left: float, top: float, wide: float, high: float, width: float, height: float
 ) -> tuple[float, float, float, float]:
     """Place of a panel's drawing within its frame, as shares of the figure: margins are for axes' labels."""
+    kind = panel["type"]
+    if any(change["id"] == "groupingToMatrix" for change in panel.get("transformations", ())):
+        kind = "matrix"
     plain = kind in ("stat", "table", "text")
-    margins = {"heatmap": (1.9, 0.95), "bargauge": (2.6, 0.75), "state-timeline": (2.3, 0.2)}
+    margins = {
+        "heatmap": (1.9, 0.95),
+        "bargauge": (2.6, 0.75),
+        "state-timeline": (2.3, 0.2),
+        "matrix": (0.5, 0.2),
+    }
     before, after = (0.12, 0.12) if plain else margins.get(kind, (0.75, 0.2))
     if wide * COLUMNS <= 8 and before > 1.3:
         before = 1.3
-    if right:
-        after = 0.75
+    if '"value": "right"' in json.dumps(panel["fieldConfig"] if "fieldConfig" in panel else {}):
+        after = 0.75  # a second axis
     below = 0.08 if plain or kind == "bargauge" else 0.42
     x, y = left + before / width, top - high + below / height
     return x, y, wide - (before + after) / width, high - (below + 0.34) / height
@@ -371,7 +370,7 @@ def _timeline(axes: Axes, panel: Mapping[str, Any], answers: Answers, time: Rang
             left, right = _dates(np.array([at, at + step]))
             axes.barh(place, right - left, left=left, height=0.75, color=entry["color"], linewidth=0)
     axes.set_yticks(range(len(rows)), [_short(name_of(series, request.legend), 34) for series in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(max(len(rows), 5) - 0.4, -0.6)
     _time_axis(axes, time)
     for number, entry in enumerate(mapped.values()):
         axes.plot([], [], color=entry["color"], lw=5, label=entry["text"])
@@ -443,12 +442,13 @@ def _matrix(axes: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
     axes.imshow(values, aspect="auto", cmap="Blues")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns)
-    axes.tick_params(labelsize=7, colors="#333333", direction="in", pad=-12)
+    axes.tick_params(labelsize=7, colors="#333333")
     if values.size <= 400:
         defaults = panel["fieldConfig"]["defaults"]
         for y, x in np.ndindex(values.shape):
             shown = text_of(float(values[y, x]), defaults["unit"], defaults.get("decimals"))
-            axes.text(x, y, shown, ha="center", va="center", fontsize=6.5, color="#222222")
+            dark = values[y, x] > 0.6 * np.nanmax(values)
+            axes.text(x, y, shown, ha="center", va="center", fontsize=6.5, color="w" if dark else "#222222")
 
 
 def _cell(value: Any, override: Mapping[str, Any]) -> str:

@@ -86,11 +86,13 @@ def on_gpus(expr: str, labels: str = "cluster, node, device, model") -> str:
     return f"{parenthesize(expr)} * on (gpu_uuid) group_left ({labels}) {scoped(records.DEVICE_INFO)}"
 
 
-def rows(expr: str) -> str:
-    """Expression by gpu_uuid as rows of a map: named and ordered by node, card and device."""
-    card = f'label_replace({scoped(records.DEVICE_INFO)}, "card", "$1", "model", "(?:NVIDIA )?([^ -]+).*")'
-    place = f'label_join({card}, "{PLACE}", " ", "node", "card", "device")'
-    return f"{parenthesize(expr)} * on (gpu_uuid) group_left ({PLACE}, node, device, model) {place}"
+def rows(expr: str, place: str = "") -> str:
+    """Expression by gpu_uuid as rows of a map: named and ordered by node, card and device. With `place`
+    "@ end()" the names are those at the end of the range, found once and not for each column."""
+    info = f"{scoped(records.DEVICE_INFO)} {place}".rstrip()
+    card = f'label_replace({info}, "card", "$1", "model", "(?:NVIDIA )?([^ -]+).*")'
+    named = f'label_join({card}, "{PLACE}", " ", "node", "card", "device")'
+    return f"{parenthesize(expr)} * on (gpu_uuid) group_left ({PLACE}, node, device, model) {named}"
 
 
 def zero_padded(expr: str, label: str) -> str:

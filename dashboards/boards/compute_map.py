@@ -145,7 +145,7 @@ def map_panel(map_links: tuple[Link, ...]) -> Visual:
         " colour is the chosen signal from 0 (dark) to 1 (bright). Rows are ordered by node, card and device."
         " A dark row is an idle GPU; a missing row is one that is not read. Click a cell for links to the GPU"
         " and what ran on it.",
-        Query(rows(signal_map()), "{{at}}", step=SECOND),
+        Query(rows(signal_map(), "@ end()"), "{{at}}", step=SECOND),
         unit="percentunit",
         size=(24, 14),
         links=map_links,

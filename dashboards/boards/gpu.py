@@ -34,6 +34,8 @@ from gpuglass.promql import regex
 from recording_rules import records
 
 SECOND = "1s"
+POINTS = 600
+"""Columns of panels that ask for seconds: ten minutes of them, longer ranges are coarser."""
 PROCESS = "gpu_uuid, workload_namespace, workload_pod, process"
 PROCESS_NAME = "{{workload_pod}} {{process}}"
 _UP = (("1", "answers", "#0072B2"), ("0", "does not answer", "#D55E00"))
@@ -135,6 +137,7 @@ def _work() -> tuple[Visual, ...]:
             limits=(0, 1),
             size=(16, 9),
             step=SECOND,
+            points=POINTS,
         ),
         timeseries(
             "GPU time by phase",
@@ -157,6 +160,7 @@ def _work() -> tuple[Visual, ...]:
             Query(by("sum", "", device(gpu.POWER_LIMIT)), "limit"),
             unit="watt",
             step=SECOND,
+            points=POINTS,
         ),
         timeseries(
             "Throttling",
@@ -325,6 +329,7 @@ def _engines() -> tuple[Visual, ...]:
             limits=(0, 1),
             steps=low_is_good(0.9, 0.98),
             step=SECOND,
+            points=POINTS,
             size=(12, 8),
         ),
         timeseries(

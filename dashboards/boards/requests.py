@@ -26,6 +26,8 @@ from gpuglass.promql import regex
 from recording_rules import records
 
 SECOND = "1s"
+POINTS = 600
+"""Columns of panels that ask for seconds: ten minutes of them, longer ranges are coarser."""
 
 
 def board(options: Options) -> Board:
@@ -108,6 +110,7 @@ def _cache(options: Options) -> tuple[Visual, ...]:
             steps=low_is_good(0.9, 0.97),
             size=(12, 8),
             step=SECOND,
+            points=POINTS,
         ),
         timeseries(
             "What the cache is made of",

@@ -145,6 +145,10 @@ SPECIAL: dict[str, dict[str, tuple[str, ...]]] = {
 RANGES: dict[str, tuple[float, float]] = {
     gpu.UP.name: (1, 1),
     gpu.DRIVER_UP.name: (1, 1),
+    gpu.BUSY.name: (0, 1),
+    gpu.SM_OCCUPANCY.name: (0, 0.55),
+    gpu.PIPE_ACTIVE.name: (0, 0.45),
+    gpu.DRAM_ACTIVE.name: (0, 0.75),
     gpu.SNAPSHOT_AGE.name: (0.1, 0.9),
     gpu.COLLECTOR_SUCCESS.name: (1, 1),
     gpu.MEMORY_TOTAL.name: (80 * GIB, 80 * GIB),
