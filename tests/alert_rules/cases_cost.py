@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from gpuglass.families import engine, prices
+from gpuglass.promql import Metric
+from recording_rules import foreign
 from tests.alert_rules.parts import (
     A100,
     GIB,
@@ -238,4 +240,70 @@ def build_target(world: World) -> None:
         "1 GPUs of model NVIDIA L40S have no real price in the agents' configuration (prices.per_gpu_hour): "
         "what they cost is missing or an example.",
         {"model": "NVIDIA L40S"},
+    )  # fmt: skip
+
+
+def build_dcgm(world: World) -> None:
+    """Two nodes with dcgm-exporter and no agent, in the old and the new spelling of its labels."""
+    for node, hostname in (("node-c", "Hostname"), ("node-d", "hostname")):
+        target = {"job": "dcgm", "instance": f"{node}:9400", hostname: node}
+
+        def card(
+            number: str,
+            busy: Values | float,
+            active: Values | float | None,
+            used_mib: float = 60_000,
+            xid: Values | float = 0,
+            node: str = node,
+            target: dict[str, str] = target,
+        ) -> None:
+            labels = {**target, "UUID": f"GPU-{node}-{number}", "device": "nvidia0", "modelName": H100}
+            fields: tuple[tuple[Metric, Values | float | None], ...] = (
+                (foreign.DCGM_BUSY, busy),  # percent
+                (foreign.DCGM_GRAPHICS_ACTIVE, active),
+                (foreign.DCGM_MEMORY_USED, used_mib),
+                (foreign.DCGM_MEMORY_FREE, 80_000 - used_mib),
+                (foreign.DCGM_POWER, 300.0),
+                (foreign.DCGM_XID, xid),
+            )
+            for metric, values in fields:
+                if values is not None:
+                    how = values if isinstance(values, Values) else steady(values)
+                    world.raw(metric.name, labels, how)
+
+        card("cold", 2, 0.01)
+        world.fires(
+            "GPUCold", "warning", "cost",
+            f"{named(f'GPU-{node}-cold', node)} has been busy 2% of the time for more than 10m, by "
+            "its driver and by "
+            "a second signal.",
+            device(f"GPU-{node}-cold", node), saving="",
+        )  # fmt: skip
+        world.near("GPUCold", "busy by percent, which is not a ratio")
+        card("busy", 3.0 * 20, 0.6)
+        world.near("GPUCold", "without the profiling module there is one signal only")
+        card("unprofiled", 2, None)
+        card("frozen", 95, 0)
+        world.fires(
+            "GPUCountersDisagree", "warning", "health",
+            f"The driver calls {named(f'GPU-{node}-frozen', node)} busy 95% of the time; the "
+            "profiling counters stand "
+            "still.",
+            device(f"GPU-{node}-frozen", node),
+        )  # fmt: skip
+        # The exporter keeps the last code for ever: only a change tells of an error.
+        card("xid", 60, 0.6, xid=steady(0, 92).then(steady(31)))
+        world.fires(
+            "GPUXidUnknown", "warning", "health",
+            f"XID 31 on {named(f'GPU-{node}-xid', node)}, 1 times lately.",
+            {**device(f"GPU-{node}-xid", node), "xid": "31"},
+        )  # fmt: skip
+        world.near("GPUXidUnknown", "the last code, of long ago")
+        card("old-xid", 60, 0.6, xid=79)
+    world.fires(
+        "GPUPricesNotSet", "warning", "cost",
+        f"12 GPUs of model {H100} have no real price in the agents' configuration "
+        "(prices.per_gpu_hour): what they "
+        "cost is missing or an example.",
+        {"model": H100},
     )  # fmt: skip

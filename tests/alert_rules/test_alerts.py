@@ -47,6 +47,7 @@ WORLDS = {
     "used": Case(cases_cost.build_used, cases_cost.IDLE_MINUTES, 120, everywhere=False),
     "used until now": Case(cases_cost.build_used_until_now, cases_cost.IDLE_MINUTES, 120, everywhere=False),
     "target": Case(cases_cost.build_target, cases_cost.MINUTES, 60, cases_cost.TARGET, everywhere=False),
+    "dcgm": Case(cases_cost.build_dcgm, cases_cost.MINUTES, everywhere=False),
     "self": Case(cases_self.build, cases_self.MINUTES),
     "no sidecar": Case(cases_self.build_without_sidecar, cases_self.MINUTES, everywhere=False),
 }
