@@ -90,6 +90,9 @@ class Exporter:
             self._send(batch)
 
     def _send(self, batch: list[Pending]) -> None:
+        if self.is_over:
+            self.counts.dropped["shutdown"] += len(batch)
+            return
         try:
             body = encode(pending.trace for pending in batch)
         except (TypeError, ValueError):

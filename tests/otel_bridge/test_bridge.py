@@ -331,7 +331,7 @@ def test_with_a_dead_collector_the_agent_ends_in_time_and_counts_what_it_lost() 
     for number in range(700):
         hub.ended(ended(name(number)))
     wait(lambda: transport.attempts, "no attempt")
-    assert bridge.stop(1.0)
+    assert bridge.stop(2.0)
     assert value(bridge, families.DROPPED, "shutdown") == 700
 
 
@@ -341,7 +341,7 @@ def test_a_collector_that_hangs_is_left_when_the_agent_ends() -> None:
     bridge.start()
     hub.ended(ended())
     wait(lambda: transport.attempts, "no attempt")
-    assert bridge.stop(1.0) and transport.aborted.is_set()
+    assert bridge.stop(2.0) and transport.aborted.is_set()
 
 
 def test_a_part_that_was_never_started_stops() -> None:

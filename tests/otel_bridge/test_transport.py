@@ -17,11 +17,13 @@ from gpuglass.config import Config, EnginesConfig, TracesConfig, TracesTlsConfig
 from gpuglass.doctor.check import Status
 from gpuglass.errors import ConfigError
 from otel_bridge import diagnose
-from otel_bridge.model import Context, Span, Trace
+from otel_bridge.identity import child
+from otel_bridge.model import Context, Event, Kind, Link, Span, Trace
 from otel_bridge.otlp import encode
 from otel_bridge.transport import Headers, Transport, make, read_headers
 from tests.otel_bridge.conftest import Certificates
 from tests.otel_bridge.sink import Sink, grpc_sink, http_sink
+from tests.support.jaeger import Jaeger
 from tests.support.ports import free_port
 
 BODY = encode([Trace((), [Span("queue", Context(b"t" * 16, b"s" * 8), b"", 1, 2)])])
@@ -301,3 +303,41 @@ def test_a_port_that_accepts_and_says_nothing_does_not_hang_the_doctor(
     with socket.create_server(("127.0.0.1", 0)) as server:
         status, _ = doctor(f"http://127.0.0.1:{server.getsockname()[1]}", "http")
     assert status is Status.FAIL
+
+
+# A real collector
+
+
+@pytest.mark.needs("jaeger")
+def test_jaeger_keeps_all_that_a_span_says(jaeger: Jaeger, protocol: str) -> None:
+    trace = f"{1 if protocol == 'grpc' else 2:032x}"
+    now = time.time_ns()
+    root = Context(bytes.fromhex(trace), b"r" * 8)
+    link = Link(Context(b"o" * 16, b"l" * 8), (("gpuglass.tokens", 7), ("gpuglass.gpu.seconds", 0.5)))
+    spans = [
+        Span(
+            "chat tiny",
+            root,
+            b"",
+            now,
+            now + 5000,
+            (("gen_ai.response.finish_reasons", ("stop",)),),
+            (Event("gpuglass.preempted", now + 2000, (("gpuglass.preemption.cause", "kv_full"),)),),
+            kind=Kind.SERVER,
+            error="timeout",
+        ),
+        Span("engine.step", child(root, 1), root.span_id, now + 1000, now + 4000, links=(link,)),
+    ]
+    url = jaeger.grpc if protocol == "grpc" else jaeger.http
+    way = transport(url, protocol)
+    assert way.send(encode([Trace((("service.name", protocol),), spans)]), SECONDS).result == "ok"
+    way.abort()
+    found, step = jaeger.wait_for(trace, lambda spans: len(spans) == 2)
+    assert (found.name, found.parent, found.begin_ns, found.end_ns) == ("chat tiny", "", now, now + 5000)
+    assert found.error and found.resource["service.name"] == protocol
+    assert found.attributes["gen_ai.response.finish_reasons"] == ["stop"]
+    assert found.events == [("gpuglass.preempted", now + 2000, {"gpuglass.preemption.cause": "kv_full"})]
+    assert step.parent == found.span_id and not step.error
+    ((trace_id, span_id, told),) = step.links
+    assert (trace_id, span_id) == ((b"o" * 16).hex(), (b"l" * 8).hex())
+    assert told == {"gpuglass.tokens": 7, "gpuglass.gpu.seconds": 0.5}
