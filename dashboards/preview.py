@@ -134,7 +134,7 @@ def _inner(
     before, after = (0.12, 0.12) if plain else margins.get(kind, (0.75, 0.2))
     if wide * COLUMNS <= 8 and before > 1.3:
         before = 1.3
-    if '"value": "right"' in json.dumps(panel["fieldConfig"] if "fieldConfig" in panel else {}):
+    if '"value": "right"' in json.dumps(panel.get("fieldConfig", {})):
         after = 0.75  # a second axis
     below = 0.08 if plain or kind == "bargauge" else 0.42
     x, y = left + before / width, top - high + below / height

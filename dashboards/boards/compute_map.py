@@ -122,7 +122,7 @@ def board(_: Options) -> Board:
             section("Map", *fleet),
             section("GPUs", gpu_table()),
             section("Long ranges: choose six hours or more", long, collapsed=True),
-            section("How to read it", text("Reading the map", _READING), collapsed=True),
+            section("How to read it", text("Reading the map", _READING, size=(24, 6)), collapsed=True),
         ),
         start="now-5m",
         refresh="5s",

@@ -30,7 +30,7 @@ def board(_: Options) -> Board:
             section("Where the money goes", *_parts()),
             section("What could be saved", *_savings()),
             section("Over days", *_long(), collapsed=True),
-            section("How to read it", text("Reading the cost", _READING), collapsed=True),
+            section("How to read it", text("Reading the cost", _READING, size=(24, 6)), collapsed=True),
         ),
         start="now-6h",
     )

@@ -37,7 +37,7 @@ def board(_: Options) -> Board:
             section("Layers and experts", *_matrix()),
             section("Balance over time", *_balance()),
             section("Who makes them hot", *_tenants()),
-            section("How to read it", text("Reading the experts", _READING), collapsed=True),
+            section("How to read it", text("Reading the experts", _READING, size=(24, 6)), collapsed=True),
         ),
     )
 

@@ -450,6 +450,13 @@ def _hardware() -> tuple[Visual, ...]:
             unit="short",
         ),
         timeseries(
+            "NVLinks that are up",
+            "Active NVLinks of each chosen GPU. Fewer than before: a link is down, and tensor parallelism"
+            " over it is slow.",
+            Query(scoped(records.DEVICE_NVLINKS_UP), "{{node}} {{device}}"),
+            unit="short",
+        ),
+        timeseries(
             "NVLink and PCIe errors",
             "Errors and repeats on the links. A few after a start are normal; steady ones are a cable or a"
             " slot.",
