@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from dashboards import links
+from dashboards.board import Options
+from dashboards.build import files
 from dashboards.evaluate import Client, Range, defaults_of, panels_of, requests, seconds
 from dashboards.promql_scan import variables
 from dashboards.read import GENERATED
@@ -135,3 +137,18 @@ def test_annotations_and_the_parser_agree(world: World) -> None:
             panel = {"targets": [{"refId": "A", "expr": annotation["expr"]}]}
             for request in requests(panel, Range(END - 3_600, END), defaults_of(data)):
                 client.ask(request, Range(END - 3_600, END))  # raises for what does not parse
+
+
+def test_the_form_for_native_histograms_parses_and_reads_no_buckets(world: World) -> None:
+    """Without native histograms in the store there is no data; what is asked must still be PromQL."""
+    client = Client(world.prometheus.url)
+    asked = 0
+    for text in files(Options(histograms="native")).values():
+        data = json.loads(text)
+        for panel in panels_of(data):
+            for request in requests(panel, Range(END - 600, END), defaults_of(data)):
+                assert "_bucket" not in request.expr
+                if "histogram_" in request.expr:
+                    asked += 1
+                    client.ask(request, Range(END - 600, END))
+    assert asked > 10
