@@ -416,6 +416,10 @@ class Ledger:
         if request is not None and request.answer is None:
             request.news_at = now_ns
             request.answer = record
+            request.external_id = request.external_id or record.external_id
+            if record.trace_id and not request.trace_id:
+                request.trace_id, request.span_id = record.trace_id, record.span_id
+                request.sampled = record.sampled
             self._settle(server, request, now_ns)
 
     def _refused(self, sender: Sender, record: records.RequestRefused, now_ns: int) -> None:

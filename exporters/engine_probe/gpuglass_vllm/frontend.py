@@ -109,6 +109,10 @@ class FrontendProbe:
                 error_type=error_type,
                 duration_ns=max(0, now - opened.arrival_ns),
                 first_token_ns=int(first_token_s * 1e9) if first_token_s > 0 else -1,
+                external_id=opened.start.external_id,
+                trace_id=opened.start.trace_id,
+                span_id=opened.start.span_id,
+                sampled=opened.start.sampled,
             )
         )
         if opened.counted:

@@ -230,6 +230,11 @@ class RequestAnswered(_Record, tag="request_answered", frozen=True, kw_only=True
     """From arrival in the server to the last output."""
     first_token_ns: int = -1
     """From arrival to the first token; -1 if there was none."""
+    external_id: str = ""
+    trace_id: str = ""
+    span_id: str = ""
+    sampled: bool = False
+    """As in `RequestStart`, which an agent that was started in between has not heard."""
 
 
 class RequestRefused(_Record, tag="request_refused", frozen=True, kw_only=True):

@@ -50,6 +50,9 @@ def test_a_request_is_told_and_its_end_counted_once(probe: frontend.FrontendProb
     answer = probe.link._events[-1]
     assert isinstance(answer, records.RequestAnswered)
     assert answer.first_token_ns == 250_000_000
+    # An agent that was started in between has not heard the start.
+    assert (answer.external_id, answer.trace_id, answer.span_id) == ("client-r1", "a" * 32, "b" * 16)
+    assert answer.sampled
 
 
 def test_when_ends_are_not_seen_any_more_the_core_counts(probe: frontend.FrontendProbe) -> None:

@@ -92,6 +92,15 @@ def test_a_request_without_a_frontend_is_told_too(heard: Heard) -> None:
     assert (told.trace_id, told.begin_ns, told.end_ns) == ("", heard.world.now - SECOND, heard.world.now)
 
 
+def test_a_request_that_began_before_the_agent_is_still_its_callers(heard: Heard) -> None:
+    frontend, core = heard.world.connect("frontend"), heard.world.connect("core")
+    context = {"external_id": "x", "trace_id": TRACE, "span_id": CALLER, "sampled": True}
+    heard.world.tell(core, end("r1", heard.world.now))
+    heard.world.tell(frontend, answered("r1", heard.world.now, **context))
+    (told,) = heard.ended
+    assert (told.external_id, told.trace_id, told.span_id, told.sampled) == ("x", TRACE, CALLER, True)
+
+
 def test_a_request_that_never_ran_has_no_phases(heard: Heard) -> None:
     core = heard.world.connect("core")
     aborted = end("r1", heard.world.now, outcome="abort", queue_ns=-1, prefill_ns=-1, decode_ns=-1)
