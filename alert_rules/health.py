@@ -30,7 +30,7 @@ def alerts(settings: Settings) -> tuple[Alert, ...]:
             "critical",
             "A GPU does not answer its driver",
             f"{GPU_NAME} has not answered for {longer_than(t.lost_for)} "
-            "(gpuglass_gpu_up is {{ $value }}); what ran on it has failed.",
+            f"({gpu.UP.name} is {{{{ $value }}}}); what ran on it has failed.",
             hold=t.lost_for,
         ),
         _xid(

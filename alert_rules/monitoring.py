@@ -78,7 +78,7 @@ def _agent(settings: Settings) -> tuple[Alert, ...]:
             "GPUGlassDriverDown",
             f"{per_node('min', select(gpu.DRIVER_UP))} == 0",
             "An agent cannot load the driver's library",
-            "NVML on {{ $labels.node }} does not load (gpuglass_gpu_driver_up is {{ $value }}); "
+            f"NVML on {{{{ $labels.node }}}} does not load ({gpu.DRIVER_UP.name} is {{{{ $value }}}}); "
             "`gpuglass doctor` tells why.",
             t.down_for,
         ),
@@ -104,7 +104,7 @@ def _receiver(settings: Settings) -> tuple[Alert, ...]:
             "GPUGlassReceiverDown",
             f"{per_node('min', select(probe.UP))} == 0",
             "An agent cannot open the socket that engines send to",
-            "The receiver on {{ $labels.node }} is down (gpuglass_receiver_up is {{ $value }}): "
+            f"The receiver on {{{{ $labels.node }}}} is down ({probe.UP.name} is {{{{ $value }}}}): "
             "engines cannot be seen.",
             t.down_for,
         ),
@@ -245,7 +245,7 @@ def _bridge(settings: Settings) -> tuple[Alert, ...]:
             f"{per_node('min', select(bridge.UP))} == 0",
             "The collector of traces does not answer an agent",
             "The collector does not answer the agent on {{ $labels.node }} "
-            "(gpuglass_traces_collector_up is {{ $value }}).",
+            f"({bridge.UP.name} is {{{{ $value }}}}).",
             t.down_for,
         ),
         _alert(
