@@ -99,7 +99,7 @@ STEP = _name(
 )
 STEP_RANK = _name("gpuglass.step.rank", _STEP, "rank of the worker that tells of it")
 STEP_KIND = _name("gpuglass.step.kind", _STEP, "graph, piecewise or eager")
-STEP_REQUESTS = _name("gpuglass.step.requests", _STEP, "requests in the step; links name 64 at most")
+STEP_REQUESTS = _name("gpuglass.step.requests", _STEP, "requests in the step; links name 63 others at most")
 STEP_TOKENS = _name("gpuglass.step.tokens", _STEP, "tokens of all of them")
 CLOCK_ERROR = _name(
     "gpuglass.clock.error_seconds", f"{_GPU}, {_KERNEL}", "how far the device's times may be off on this axis"

@@ -18,6 +18,8 @@ FIRSTS = 4
 """Steps per flush that are told because a request began in them; beside them the longest one is told."""
 REGULAR = 8
 """Steps per flush that are told because it was their turn."""
+_STRIDE = 61
+"""Requests of a large batch between the first ones of two records; prime, so that all come first."""
 CHUNKS_KEPT = 1024
 """Pieces of prompts that are kept between two flushes."""
 
@@ -61,6 +63,8 @@ class StepSamples:
         self._chosen: list[_Told] = []
         self._firsts = 0
         self._regular = 0
+        self._turn = 0
+        """Records made so far."""
         self._longest: _Told | None = None
         self._chunks: list[tuple[str, int, int, int, float]] = []
 
@@ -94,7 +98,11 @@ class StepSamples:
         if self._longest is not None:
             chosen.append(self._longest)
             self._longest = None
-        return [_record(told, tid, cuda) for told in chosen]
+        records_of = []
+        for told in chosen:
+            self._turn += 1
+            records_of.append(_record(told, tid, cuda, self._turn))
+        return records_of
 
     def take_chunks(self) -> list[records.PrefillChunks]:
         """Records of the pieces of prompts since the last call."""
@@ -136,13 +144,18 @@ def _chunks(told: _Told) -> list[tuple[str, int, int, int, float]]:
     ]
 
 
-def _record(told: _Told, tid: int, cuda: bool) -> records.StepSample:
+def _record(told: _Told, tid: int, cuda: bool, turn: int) -> records.StepSample:
     noted, run = told.noted, told.run
     assert noted.batch is not None
     tokens = [noted.batch.tokens_of.get(request_id, 0) for request_id in run.ids]
     shares = Ledger.shares(told.step, told.busy_ns)
-    order = sorted(range(len(run.ids)), key=lambda index: tokens[index], reverse=True)
-    order = order[: records.MAX_STEP_REQUESTS]
+    many = len(run.ids)
+    order = list(range(many))
+    if many > records.MAX_STEP_REQUESTS:
+        # Those with as many tokens as others take turns, so that each is named now and then.
+        first = turn * _STRIDE % many
+        order = order[first:] + order[:first]
+    order = sorted(order, key=lambda index: tokens[index], reverse=True)[: records.MAX_STEP_REQUESTS]
     mask = run.prefill if run.prefill is not None and len(run.prefill) == len(run.ids) else None
     graph = {0: "eager", 1: "graph"}.get(noted.replays, "piecewise")
     return records.StepSample(

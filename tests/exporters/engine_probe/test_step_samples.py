@@ -145,3 +145,19 @@ def test_records_of_many_pieces_stay_within_their_bound() -> None:
         engine.step(dict(names), dict(names))
     told = engine.samples.take_chunks()
     assert [len(record.request_ids) for record in told] == [MAX_CHUNKS, MAX_CHUNKS, 600 - 2 * MAX_CHUNKS]
+
+
+def test_in_a_large_batch_all_are_named_in_turn_and_those_with_most_tokens_always() -> None:
+    engine = Engine(every=1)
+    names = {f"r{n}": 1 for n in range(200)}
+    engine.step(dict(names), dict(names))
+    engine.told()
+    engine.step({"big": 50}, {"big": 100})
+    named: set[str] = set()
+    for _ in range(12):
+        engine.told()
+        engine.step({**names, "big": 5})
+        (sample,) = engine.told()
+        assert len(sample.request_ids) == 64 and sample.requests == 201 and sample.request_ids[0] == "big"
+        named |= set(sample.request_ids)
+    assert named == {*names, "big"}
