@@ -5,6 +5,7 @@ from __future__ import annotations
 from alert_rules.common import (
     MODEL_VARIABLES,
     NODE_VARIABLES,
+    both,
     grown,
     longer_than,
     neither,
@@ -12,7 +13,8 @@ from alert_rules.common import (
     per_node,
 )
 from gpuglass.families import agent, anomaly, bridge, engine, gpu, probe, tracer
-from gpuglass.promql import aggregate, duration, rate, select
+from gpuglass.promql import aggregate, duration, not_equal, over_time, rate, select
+from recording_rules import records
 from recording_rules.model import Alert
 from recording_rules.settings import Settings
 
@@ -117,6 +119,15 @@ def _receiver(settings: Settings) -> tuple[Alert, ...]:
             f"{duration(window)}: {{{{ $labels.reason }}}}.",
         ),
         _of_engine(
+            "GPUGlassProbeDown",
+            _unprobed(settings),
+            "An engine goes on without its probe",
+            "{{ $labels.model_name }}{{ with $labels.workload_pod }}, pod {{ . }}{{ end }} had a "
+            "probe and is read by its own metrics now ({{ $value }} engine): GPU time, tenants and "
+            "holders of its KV cache are missing.",
+            t.down_for,
+        ),
+        _of_engine(
             "GPUGlassProbeDropping",
             per_engine("sum", f"({grown(probe.DROPPED, window)})"),
             "A probe inside an engine drops events",
@@ -141,6 +152,17 @@ def _receiver(settings: Settings) -> tuple[Alert, ...]:
             t.off_for,
         ),
     )
+
+
+def _unprobed(settings: Settings) -> str:
+    """Engines of which a probe told of late, and now only their own metrics do. One that is gone altogether
+    is no matter of the probe."""
+    by = ("cluster", "model_name", "workload_namespace", "workload_pod")
+    window = settings.alerts.monitoring.remembered
+    before = aggregate("max", by, over_time("max", records.ENGINE_UP, window))
+    now = aggregate("max", by, f"{select(records.ENGINE_UP)} == 1")
+    alive = aggregate("group", by, select(records.ENGINE_INFO, dialect=not_equal("probe")))
+    return both(neither(before, now), alive)
 
 
 def _of_engine(name: str, expression: str, summary: str, description: str, hold: float = 0) -> Alert:

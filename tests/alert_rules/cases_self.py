@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpuglass.families import agent, anomaly, bridge, engine, gpu, probe, tracer
 from gpuglass.family import Family
+from recording_rules import foreign
 from tests.alert_rules.world import Values, World, gone, growing, missing, steady
 
 MINUTES = 60
@@ -149,6 +150,7 @@ def _probes(world: World) -> None:
     def engine_labels(model: str) -> dict[str, str]:
         return {"model_name": model, "engine": "0"}
 
+    _unprobed(world)
     world.add(probe.DROPPED, missing(50).then(steady(0, 5)).then(steady(4)), host, **_sender("dropping"))
     world.add(probe.DROPPED, steady(0), host, **_sender("dropping", role="worker", rank="0", sender="b2"))
     world.fires(
@@ -186,6 +188,37 @@ def _probes(world: World) -> None:
     world.add(probe.HOOK_SECONDS, growing(0.007), host, **_sender("two", rank="1", sender="b2"))
     world.near("GPUGlassProbeOverBudget", "while it warms up")
     world.add(probe.HOOK_SECONDS, growing(0.1, 8).then(steady(48)), host, **_sender("warm"))
+
+
+def _unprobed(world: World) -> None:
+    """Engines that are scraped themselves, beside their probe."""
+
+    def served(model: str, plain: Values | float, up: Values | None, info: Values | None = None) -> None:
+        pod = f"{model}-0"
+        labels = {"model_name": model, "engine": "0"}
+        vllm = {"job": "vllm", "instance": f"{pod}:8000", "namespace": "prod", "pod": pod}
+        how = plain if isinstance(plain, Values) else steady(plain)
+        world.raw(foreign.VLLM_RUNNING.name, {**vllm, **labels}, how)
+        probed = {**labels, "workload_namespace": "prod", "workload_pod": pod}
+        if up is not None:
+            host = target("node-a")
+            world.add(engine.UP, up, host, **probed)
+            world.add(engine.INFO, info or up, host, **probed, engine_name="vllm", engine_version="0.11.0")
+
+    down = steady(1, 40).then(steady(0, 10)).then(gone())
+    served("unprobed", 2, down, steady(1, 40).then(gone()))
+    world.fires(
+        "GPUGlassProbeDown", "warning", "self",
+        "unprobed, pod unprobed-0 had a probe and is read by its own metrics now (1 engine): GPU time, "
+        "tenants and holders of its KV cache are missing.",
+        {"model_name": "unprobed", "workload_namespace": "prod", "workload_pod": "unprobed-0"},
+    )  # fmt: skip
+    world.near("GPUGlassProbeDown", "the engine is gone with its probe")
+    served("retired", steady(2, 40).then(gone()), down, steady(1, 40).then(gone()))
+    world.near("GPUGlassProbeDown", "restarted within two minutes")
+    served("restarted-probe", 2, steady(1, 50).then(steady(0, 2)).then(steady(1)))
+    world.near("GPUGlassProbeDown", "it never had a probe")
+    served("plain", 2, None)
 
 
 def _tracers(world: World) -> None:
