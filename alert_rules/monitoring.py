@@ -126,6 +126,7 @@ def _receiver(settings: Settings) -> tuple[Alert, ...]:
             "probe and is read by its own metrics now ({{ $value }} engine): GPU time, tenants and "
             "holders of its KV cache are missing.",
             t.down_for,
+            "gpuglass-requests",
         ),
         _of_engine(
             "GPUGlassProbeDropping",
@@ -165,7 +166,14 @@ def _unprobed(settings: Settings) -> str:
     return both(neither(before, now), alive)
 
 
-def _of_engine(name: str, expression: str, summary: str, description: str, hold: float = 0) -> Alert:
+def _of_engine(
+    name: str,
+    expression: str,
+    summary: str,
+    description: str,
+    hold: float = 0,
+    dashboard: str = "gpuglass-health",
+) -> Alert:
     return Alert(
         name,
         expression,
@@ -173,7 +181,7 @@ def _of_engine(name: str, expression: str, summary: str, description: str, hold:
         "self",
         summary,
         description,
-        "gpuglass-health",
+        dashboard,
         hold=hold,
         variables=MODEL_VARIABLES,
     )
