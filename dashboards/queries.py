@@ -184,7 +184,10 @@ def signals() -> tuple[Signal, ...]:
         Signal("Memory bandwidth", gpu.DRAM_ACTIVE.name),
         Signal("Memory used", f"{gpu.MEMORY_USED.name}|{gpu.MEMORY_TOTAL.name}"),
         Signal("Power of its limit", f"{gpu.POWER.name}|{gpu.POWER_LIMIT.name}"),
-        Signal("KV cache used", f"{engine.KV_USED_BLOCKS.name}|{engine.KV_POOL_BLOCKS.name}"),
+        Signal(
+            "KV cache used",
+            f"{engine.KV_USED_BLOCKS.name}|{engine.KV_POOL_BLOCKS.name}|{records.ENGINE_GPU_SECONDS.name}",
+        ),
         Signal("Activity as recorded, from any exporter", records.DEVICE_ACTIVE.name),
     )
 
@@ -198,18 +201,16 @@ def signal_map() -> str:
     pool = quotient(
         by("max", ENGINE, _named(engine.KV_USED_BLOCKS)), by("max", ENGINE, _named(engine.KV_POOL_BLOCKS))
     )
-    on_gpu = by("group", (*ENGINE, "gpu_uuid"), scoped(records.ENGINE_GPU_SECONDS))
+    on_gpu = by("group", (*ENGINE, "gpu_uuid"), _named(records.ENGINE_GPU_SECONDS))
     held = f"({pool}) * on ({', '.join(ENGINE)}) group_right () {on_gpu}"
-    return either(
-        of(gpu.SM_ACTIVE),
-        of(gpu.BUSY),
-        of(gpu.PIPE_ACTIVE, pipe="tensor"),
-        of(gpu.DRAM_ACTIVE),
+    activity = either(of(gpu.SM_ACTIVE), of(gpu.BUSY))
+    plain = either(either(of(gpu.PIPE_ACTIVE, pipe="tensor"), of(gpu.DRAM_ACTIVE)), of(records.DEVICE_ACTIVE))
+    shares = either(
         quotient(of(gpu.MEMORY_USED), of(gpu.MEMORY_TOTAL), "gpu_uuid"),
         quotient(of(gpu.POWER), of(gpu.POWER_LIMIT), "gpu_uuid"),
-        by("max", "gpu_uuid", held),
-        of(records.DEVICE_ACTIVE),
     )
+    # A tree and not a chain: each `or` costs time on the side that has series, even beside nothing.
+    return either(activity, either(plain, either(shares, by("max", "gpu_uuid", held))))
 
 
 __all__ = [
