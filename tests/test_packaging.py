@@ -117,7 +117,7 @@ def test_it_leaves_out_what_is_not_for_a_node(names: set[str], folder: str) -> N
 def test_it_holds_nothing_beside_the_packages(names: set[str]) -> None:
     assert {name.partition("/")[0] for name in in_package(names)} == PACKAGES
     assert {Path(name).suffix for name in in_package(names)} <= {
-        *(".py", ".typed", ".json", ".yml", ".yaml", ".c", ".h", ".o", ".md", ".jsonnet"),
+        *(".py", ".typed", ".json", ".yml", ".yaml", ".c", ".h", ".o", ".md", ".jsonnet", ".tmpl"),
     }
 
 
