@@ -124,7 +124,8 @@ class Case:
     name: str
     series: Sequence[Series]
     checks: Sequence[Check]
-    layouts: Sequence[Layout] = LAYOUTS
+    layouts: Sequence[Layout] = ("pair",)
+    """How its exporters are scraped; where it matters, in both ways."""
 
 
 @dataclass(frozen=True, slots=True)

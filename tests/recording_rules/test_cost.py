@@ -10,7 +10,7 @@ from recording_rules import foreign as f
 from recording_rules import records as r
 from recording_rules.options import Options
 from tests.recording_rules.fleets import MINUTES, EngineLoad, Fleet, Job, fleets
-from tests.recording_rules.promtool import Bench, Case, Check, Series, nothing, series, values
+from tests.recording_rules.promtool import LAYOUTS, Bench, Case, Check, Series, nothing, series, values
 from tests.recording_rules.test_devices import A100, H100, dcgm
 from tests.recording_rules.test_engines import own, probed
 
@@ -103,7 +103,7 @@ def test_identities_hold_for_any_fleet(bench: Bench) -> None:
     # Several fleets at once, since promtool takes long to start; shrinking would start it hundreds of times.
     @given(st.lists(fleets(), min_size=6, max_size=6))
     @settings(
-        max_examples=3, phases=(Phase.generate,), suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=2, phases=(Phase.generate,), suppress_health_check=list(HealthCheck), derandomize=True
     )
     def check(some: list[Fleet]) -> None:
         bench.run([Case(repr(one), one.series(), identities(one), ("pair",)) for one in some], WANTED)
@@ -179,7 +179,7 @@ def test_a_gpu_that_an_engine_and_a_job_share(bench: Bench) -> None:
         values(r.FLEET_IDLE_GPUS, ("model",), {H100: 0.2, A100: 1.0}, END),
         values(r.ENGINE_GPUS, ("model_name", "model"), {("deepseek", H100): 1}, END),
     ]
-    bench.run([Case("shared", SHARED.series(), checks)], WANTED)
+    bench.run([Case("shared", SHARED.series(), checks, LAYOUTS)], WANTED)
 
 
 def test_what_if_compares_cards_at_the_efficiency_that_is_measured(bench: Bench) -> None:

@@ -6,7 +6,7 @@ from gpuglass.families import gpu
 from recording_rules import foreign as f
 from recording_rules import records as r
 from recording_rules.options import Options
-from tests.recording_rules.promtool import Bench, Case, Series, counter, nothing, series, values
+from tests.recording_rules.promtool import LAYOUTS, Bench, Case, Series, counter, nothing, series, values
 
 WANTED = ("devices", "fleet")
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -83,6 +83,7 @@ CASES = [
             values(r.FLEET_GPUS, ("cluster",), {"": 4}),
             values(r.FLEET_ACTIVE, ("cluster",), {"": 0.14}),
         ],
+        LAYOUTS,
     ),
     Case(
         "a target's own labels node and cluster win over its address",
@@ -221,6 +222,6 @@ def test_a_wrong_expectation_fails(bench: Bench) -> None:
     try:
         bench.run([wrong], WANTED)
     except AssertionError as error:
-        assert "wrong (union)" in str(error) or "FAILED" in str(error)
+        assert "wrong (pair)" in str(error) or "FAILED" in str(error)
     else:
         raise AssertionError("promtool took a wrong value")

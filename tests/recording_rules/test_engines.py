@@ -6,7 +6,17 @@ from gpuglass.families import engine
 from recording_rules import foreign as f
 from recording_rules import records as r
 from recording_rules.options import Options
-from tests.recording_rules.promtool import Bench, Case, Series, counter, histogram, nothing, series, values
+from tests.recording_rules.promtool import (
+    LAYOUTS,
+    Bench,
+    Case,
+    Series,
+    counter,
+    histogram,
+    nothing,
+    series,
+    values,
+)
 
 WANTED = ("engines", "models")
 
@@ -90,6 +100,7 @@ CASES = [
             values(r.MODEL_PREEMPTIONS, ("model_name",), {"deepseek": 1}),
             values(r.FLEET_WAITING, ("cluster",), {"": 2}),
         ],
+        LAYOUTS,
     ),
     Case(
         "an engine with the probe is not counted again by its own metrics, one without it is",

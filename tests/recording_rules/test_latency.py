@@ -11,7 +11,17 @@ from recording_rules import foreign as f
 from recording_rules import records as r
 from recording_rules.options import Options
 from recording_rules.settings import parse
-from tests.recording_rules.promtool import Bench, Case, Series, counter, histogram, nothing, series, values
+from tests.recording_rules.promtool import (
+    LAYOUTS,
+    Bench,
+    Case,
+    Series,
+    counter,
+    histogram,
+    nothing,
+    series,
+    values,
+)
 from tests.recording_rules.test_engines import probed, target
 
 WANTED = ("engines", "models", "latency", "slo", "slo-long")
@@ -45,6 +55,7 @@ def cases(native: bool) -> list[Case]:
                     dict.fromkeys(("5m", "30m", "1h", "2h", "6h", "1d", "3d"), 2.0),
                 ),
             ],
+            LAYOUTS,
         ),
         Case(
             "a probe's histogram wins over the engine's own of the same model",

@@ -5,7 +5,17 @@ from __future__ import annotations
 from gpuglass.families import engine
 from recording_rules import records as r
 from recording_rules.settings import parse
-from tests.recording_rules.promtool import Bench, Case, Check, Series, counter, nothing, series, values
+from tests.recording_rules.promtool import (
+    LAYOUTS,
+    Bench,
+    Case,
+    Check,
+    Series,
+    counter,
+    nothing,
+    series,
+    values,
+)
 from tests.recording_rules.test_engines import probed
 
 WANTED = ("tenants", "quotas")
@@ -60,6 +70,7 @@ CASES = [
             # Nothing is known of a tenant that did nothing, and of one without a quota.
             nothing(f"{r.TENANT_GPU_QUOTA_USED.name}{{tenant!='a'}}"),
         ],
+        LAYOUTS,
     ),
 ]
 
