@@ -93,7 +93,7 @@ class Rig:
     def advance(self, seconds: float) -> None:
         """Let time pass and read what has become due."""
         self.clock.advance(seconds)
-        self.sidecar.settle(60)
+        self.sidecar.settle(250)
 
     def samples(self, name: str, **labels: str) -> dict[tuple[tuple[str, str], ...], float]:
         """Published samples of a family by labels, those that have `labels`."""

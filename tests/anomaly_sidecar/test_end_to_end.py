@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 
 def gpuglass(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gpuglass", "anomaly", *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250)
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def sidecar(config: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_prometheus_gets_scores_with_the_labels_of_the_series(
         }
         config.write_text(yaml.safe_dump(document))
         with sidecar(config):
-            server.wait_for("gpuglass_anomaly_score", 90)
-            (bad,) = server.wait_for("gpuglass_anomaly_score > 1", 60)
+            server.wait_for("gpuglass_anomaly_score", 200)
+            (bad,) = server.wait_for("gpuglass_anomaly_score > 1", 200)
             assert bad.labels["gpu_uuid"] == "GPU-3"
             assert bad.labels["job"] == "engines"
             assert bad.labels["query"] == "load"

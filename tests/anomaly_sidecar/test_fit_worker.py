@@ -100,12 +100,12 @@ def test_forecasts_go_on_while_the_worker_is_stopped_and_killed_and_are_fitted_d
             assert not sidecar.samples("gpuglass_decomposition{")
             pass_hours(2)
             sidecar.wait(TAKEN, SERIES)
-            parts = server.wait_for('gpuglass_decomposition{part="trend"}')
+            parts = server.wait_for('gpuglass_decomposition{part="trend"}', WAIT)
             assert len(parts) == SERIES
             level = {labels[n]["service"]: float(values[-288:, n].mean()) for n in range(SERIES)}
             for sample in parts:
                 assert sample.value == pytest.approx(level[sample.labels["service"]], rel=0.25)
-            strong = server.wait_for('gpuglass_decomposition_strength_ratio{part="seasonal"} > 0.7')
+            strong = server.wait_for('gpuglass_decomposition_strength_ratio{part="seasonal"} > 0.7', WAIT)
             assert len(strong) == SERIES
             pass_hours(24)
             sidecar.wait_until(JOBS, lambda found: found.get(JOBS, 0) >= 2 * SERIES)

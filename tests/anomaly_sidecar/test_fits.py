@@ -279,10 +279,10 @@ def test_two_sidecars_one_with_slow_processes_and_restarted_publish_the_same_for
         pool = WorkerPool(1)
         with sidecar_on(server, clock, pool, **sections) as rig:
             assert rig.sidecar.units[0].restored == "latest"
-            rig.sidecar.settle(60)
+            rig.sidecar.settle(250)
             for step in range(4, steps):
                 if step == 11:  # the latest moment
-                    deadline = time.monotonic() + 100
+                    deadline = time.monotonic() + 250
                     while pool.pending or not pool.jobs:
                         assert time.monotonic() < deadline
                         time.sleep(0.02)

@@ -23,7 +23,7 @@ OK = "gpuglass_anomaly_config_last_reload_success"
 
 
 def query(name: str, expr: str = "load", **settings: Any) -> dict[str, Any]:
-    return {"name": name, "expr": expr, "history": "3d", "interval": "5m", "offset": "0s", **settings}
+    return {"name": name, "expr": expr, "history": "2d", "interval": "5m", "offset": "0s", **settings}
 
 
 FORECAST = {
@@ -32,7 +32,7 @@ FORECAST = {
     "inputs": {"value": "load"},
     "interval": "5m",
     "offset": "0s",
-    "history": "3d",
+    "history": "2d",
 }
 
 
@@ -114,7 +114,7 @@ def test_a_read_under_way_is_dropped_with_its_entry() -> None:
         rig.sidecar.turn(0.05)
         server.release.set()
         server.fault = ""
-        rig.sidecar.settle(60)
+        rig.sidecar.settle(250)
         assert {unit.spec.name for unit in rig.sidecar.units} == {"comes"}
         assert {dict(labels)["query"] for labels in rig.samples(SCORE)} == {"comes"}
 
