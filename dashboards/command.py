@@ -12,11 +12,11 @@ from gpuglass.command import Command
 from gpuglass.errors import ConfigError, UserError
 
 _EXAMPLES = """\
-  gpuglass dashboards build --out DIR                    one JSON file per dashboard, for import or
-  provisioning gpuglass dashboards build --out DIR --traces jaeger --datasource-uid prom-eu
-  gpuglass dashboards build --out DIR --format configmap --namespace monitoring
-  gpuglass dashboards check                              what is wrong with the finished dashboards, if
-  anything gpuglass dashboards preview --prometheus http://127.0.0.1:9090 --out DIR --only gpuglass-cost
+  gpuglass dashboards build --out DIR                           one JSON file per dashboard
+  gpuglass dashboards build --out DIR --traces jaeger           traces are in Jaeger, not in Tempo
+  gpuglass dashboards build --out DIR --format configmap        for the sidecar of Grafana's charts
+  gpuglass dashboards check                                     what is wrong with the finished ones
+  gpuglass dashboards preview --prometheus http://127.0.0.1:9090 --out DIR --only gpuglass-cost
 """
 
 
