@@ -145,11 +145,8 @@ def _forecast() -> tuple[Visual, ...]:
         "horizon, quantile",
         by("max", "query, horizon, quantile, model_name", scoped(anomaly.FORECAST, query=_QUERY)),
     )
-    was = by(
-        "sum",
-        "",
-        by("max", "query, model_name", scoped(anomaly.FORECAST, query=_QUERY, horizon="30m", quantile="0.5")),
-    ).replace("}))", "} offset 30m))")
+    before = f"{scoped(anomaly.FORECAST, query=_QUERY, horizon='30m', quantile='0.5')} offset 30m"
+    was = by("sum", "", by("max", "query, model_name", before))
     return (
         timeseries(
             "Forecasts",
