@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpuglass.demo import distribution
-from tests.recording_rules.promtool import Bench
+from tests.recording_rules.promtool import PATIENCE, Bench
 from tests.support import tools
 
 
@@ -23,6 +23,13 @@ def promtool(request: pytest.FixtureRequest) -> Path:
     built = tools.PROMETHEUS.program("promtool")
     assert built
     return built
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run a promtool get more time than others: beside five busy processes it takes minutes."""
+    for item in items:
+        if "recording_rules" in str(item.path):
+            item.add_marker(pytest.mark.timeout(2 * PATIENCE))
 
 
 @pytest.fixture

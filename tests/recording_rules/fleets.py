@@ -16,7 +16,7 @@ from tests.recording_rules.promtool import Series, counter, series
 from tests.recording_rules.test_devices import A100, H100
 from tests.recording_rules.test_engines import probed
 
-MINUTES = 13
+MINUTES = 8
 PARTS = ("prefill", "decode", "padding", "gap")
 
 

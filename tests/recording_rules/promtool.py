@@ -23,6 +23,8 @@ from recording_rules.settings import Settings
 from recording_rules.writer import render
 
 STEP, EVALUATION = 7, 30
+PATIENCE = 300
+"""Seconds that a promtool may take: a second on an idle machine, much more beside others."""
 Layout = Literal["union", "pair"]
 LAYOUTS: tuple[Layout, ...] = ("union", "pair")
 
@@ -97,11 +99,11 @@ class Check:
 
     expression: str
     expected: Sequence[tuple[Mapping[str, str], float]] = ()
-    minute: float = 15
+    minute: float = 8
 
 
 def values(
-    record: Record, by: Sequence[str], expected: Mapping[Any, float], minute: float = 15, **matchers: str
+    record: Record, by: Sequence[str], expected: Mapping[Any, float], minute: float = 8, **matchers: str
 ) -> Check:
     """Check of a record's value by some of its labels; the keys of `expected` are their values."""
     expression = f"round({aggregate('sum', by, select(record, **matchers))}, 0.001)"
@@ -112,7 +114,7 @@ def values(
     return Check(expression, rows, minute)
 
 
-def nothing(expression: str, minute: float = 15) -> Check:
+def nothing(expression: str, minute: float = 8) -> Check:
     """Check that an expression gives no sample."""
     return Check(expression, (), minute)
 
@@ -163,7 +165,7 @@ class Bench:
         file = self.folder / "test.yaml"
         file.write_text(yaml.safe_dump(document, sort_keys=False, width=10_000))
         return subprocess.run(
-            [str(self.promtool), "test", "rules", str(file)], capture_output=True, text=True, timeout=110
+            [str(self.promtool), "test", "rules", str(file)], capture_output=True, text=True, timeout=PATIENCE
         )
 
 

@@ -288,12 +288,12 @@ def test_a_job_that_ends_is_no_holder_any_more(bench: Bench) -> None:
         "ended",
         [
             *fleet.series(),
-            series(gpu.PROCESS_MEMORY, "1e9x60 stale", **labels),
-            series(gpu.PROCESS_SM, "0.5x60 stale", **labels),
+            series(gpu.PROCESS_MEMORY, "1e9x40 stale", **labels),
+            series(gpu.PROCESS_SM, "0.5x40 stale", **labels),
         ],
         [
-            values(r.FLEET_COST_PART, ("part",), {"job_used": 2.0, "job_idle": 2.0}, 6),
-            values(r.FLEET_COST_PART, ("part",), {"unallocated": 4.0}, 9),
+            values(r.FLEET_COST_PART, ("part",), {"job_used": 2.0, "job_idle": 2.0}, 4),
+            values(r.FLEET_COST_PART, ("part",), {"unallocated": 4.0}, 6),
         ],
     )
     bench.run([case], WANTED)
@@ -308,13 +308,13 @@ def test_a_restart_of_agent_and_engine_costs_nothing_twice(bench: Bench) -> None
         [
             *fleet.series(),
             series(engine.INFO, 1, MINUTES, **probed(0), engine_name="vllm", engine_version="1"),
-            series(engine.GPU_SECONDS_BY_PART, "0+3.5x60 0+3.5x60", **worker, part="decode"),
+            series(engine.GPU_SECONDS_BY_PART, "0+3.5x40 0+3.5x40", **worker, part="decode"),
             series(engine.GPU_SECONDS_BY_PART, "0+0x120", **worker, part="prefill"),
         ],
         [
-            nothing("abs(engine:gpu_seconds:rate{part='decode'} - 0.5) > 0.02", 9),
+            nothing("abs(engine:gpu_seconds:rate{part='decode'} - 0.5) > 0.02", END),
             differ("sum(fleet:cost_part_per_hour:sum)", "sum(fleet:cost_per_hour:sum)"),
-            Check("count(engine:gpu_seconds:rate{part='decode'})", [({}, 1)], 9),
+            Check("count(engine:gpu_seconds:rate{part='decode'})", [({}, 1)], END),
         ],
     )
     bench.run([case], WANTED)
