@@ -108,8 +108,8 @@ DECOMPOSITION = _of_series(
 )
 DECOMPOSITION_STRENGTH = _of_series(
     "decomposition_strength_ratio",
-    "How much of a forecast's series is trend or course of the day (part trend, seasonal) and not remainder, by "
-    "the latest fit: 0 nothing, 1 all.",
+    "How much of a forecast's series is trend or course of the day (part trend, seasonal) and not "
+    "remainder, by the latest fit: 0 nothing, 1 all.",
     "part",
     unit="ratio",
     absent="The forecast does not ask for it, or nothing is fitted yet.",
@@ -322,8 +322,8 @@ WORKER_RESTARTS = _own(
 FITS = _own(
     "fits_total",
     Kind.COUNTER,
-    "Fits of a forecast by result: taken, nothing (there is nothing to fit), failed, or late (the workers were "
-    "too slow: taken later than by other replicas).",
+    "Fits of a forecast by result: taken, nothing (there is nothing to fit), failed, or late (the workers "
+    "were too slow: taken later than by other replicas).",
     "query",
     "result",
     absent=_NOT_YET,

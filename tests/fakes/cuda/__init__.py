@@ -1,7 +1,8 @@
 """Builds the fake CUDA driver and runtime libraries from their C sources.
 
 In flow the sources beside this file and a C compiler, out flows a folder with `libcuda.so.1`,
-`libcudart.so.12` and `libc10_cuda.so` (PyTorch's allocator with its static probes), compiled once for each state of the sources and kept in the user's cache."""
+`libcudart.so.12` and `libc10_cuda.so` (PyTorch's allocator with its static probes), compiled once for each
+state of the sources and kept in the user's cache."""
 
 from __future__ import annotations
 
