@@ -47,8 +47,6 @@ LONG = ("gpuglass-slo.rules", "gpuglass-slo-long.rules", "gpuglass-quotas.rules"
 """Groups that look over hours and days."""
 DEPTH = 10
 """The fleet with days of records is this much smaller."""
-EVERY = 8
-"""Seconds between evaluations here."""
 EVALUATIONS = 3
 """As many of each group are waited for, of which the first finds none of the records that it reads."""
 CARD = "NVIDIA H100 80GB HBM3"
@@ -283,11 +281,12 @@ def measured(
     fill: Callable[[Writer], None],
     settings: Settings,
     ahead: float,
+    every: float,
 ) -> tuple[dict[str, float], int]:
     """Median seconds of an evaluation of each group over what `fill` writes, and how many rules failed."""
     folder.mkdir()
     rules = folder / "rules.yaml"
-    rules.write_text(render("rules", [dataclasses.replace(g, interval=EVERY) for g in groups], settings))
+    rules.write_text(render("rules", [dataclasses.replace(g, interval=every) for g in groups], settings))
     written(name, folder, fill, ahead)
     seen: dict[str, dict[str, float]] = {group.name: {} for group in groups}
     failed: set[str] = set()
@@ -355,12 +354,18 @@ def main() -> int:
     quick = parser.parse_args().quick
     size = Size(80, 16, 40) if quick else Size(1000, 200, 500)
     small = Size(max(4, size.gpus // DEPTH), max(1, size.models // DEPTH), size.tenants // DEPTH)
-    ahead = 8.0 if quick else 100.0
+    ahead, every = (8.0, 4.0) if quick else (100.0, 8.0)
     settings = Settings()
     groups = files.all_groups(settings)
     with tempfile.TemporaryDirectory() as folder:
         broad, failed = measured(
-            "ten minutes", Path(folder, "broad"), groups, lambda out: exported(out, size), settings, ahead
+            "ten minutes",
+            Path(folder, "broad"),
+            groups,
+            lambda out: exported(out, size),
+            settings,
+            ahead,
+            every,
         )
         long = [group for group in groups if group.name in LONG]
         deep, failed_too = measured(
@@ -370,6 +375,7 @@ def main() -> int:
             lambda out: recorded(out, small, settings),
             settings,
             ahead,
+            every,
         )
     seconds = {**broad, **{name: max(broad[name], DEPTH * time_) for name, time_ in deep.items()}}
     figures: dict[str, float] = {}
