@@ -26,7 +26,6 @@ from cryptography.x509.oid import NameOID
 
 from gpuglass.family import Tier
 from gpuglass.server import MetricsServer, Reason, ServerLimits, WebConfigError, load_web_config
-from gpuglass.server import auth as auth_module
 from gpuglass.server import reload as reload_module
 from gpuglass.server.auth import BasicAuth, Verdict
 from gpuglass.server.reload import TokenBucket, WebConfigSource
@@ -601,7 +600,7 @@ def test_bcrypt_runs_once_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None
         checked.append(hashed)
         return real(password, hashed)
 
-    monkeypatch.setattr(auth_module.bcrypt, "checkpw", checkpw)
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
     auth = BasicAuth({"alice": HASH}, threading.Semaphore(1))
     for _ in range(3):
         assert auth.check(basic("alice", "right"), 5) is Verdict.ACCEPTED
@@ -613,7 +612,7 @@ def test_bcrypt_runs_once_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unknown_user_is_refused_whatever_the_password_is_like(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth_module.bcrypt, "checkpw", lambda password, hashed: True)
+    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: True)
     auth = BasicAuth({"alice": HASH}, threading.Semaphore(1))
     assert auth.check(basic("bob", "any"), 5) is Verdict.REFUSED
     assert auth.check(basic("alice", "any"), 5) is Verdict.ACCEPTED
@@ -622,7 +621,7 @@ def test_an_unknown_user_is_refused_whatever_the_password_is_like(monkeypatch: p
 def test_guesses_do_not_push_out_who_was_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     auth = BasicAuth({"alice": HASH}, threading.Semaphore(1))
     assert auth.check(basic("alice", "right"), 5) is Verdict.ACCEPTED
-    monkeypatch.setattr(auth_module.bcrypt, "checkpw", lambda password, hashed: False)
+    monkeypatch.setattr(bcrypt, "checkpw", lambda password, hashed: False)
     for guess in range(300):
         assert auth.check(basic("alice", str(guess)), 5) is Verdict.REFUSED
     assert auth.check(basic("alice", "right"), 5) is Verdict.ACCEPTED
