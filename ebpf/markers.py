@@ -82,7 +82,7 @@ def parse(
         counter = file_offset(semaphore + moved) if semaphore else 0
         if at is None or counter is None:
             raise ElfError(f"its static probe {name.decode(errors='replace')} is outside of the file")
-        spelled = tuple(arguments.decode(errors="replace").split())
+        spelled = tuple(_ONE.findall(arguments[:_MAX_SPELLED].decode(errors="replace")))
         found.append(Marker(provider, name.decode(errors="replace"), at, counter, spelled))
     return found
 
@@ -111,17 +111,21 @@ _REGISTERS: Mapping[str, Mapping[str, int]] = {
         **{"sp": 8 * 31},
     },
 }
+_ONE = re.compile(r"(?:\[[^\]]*\]|\S)+")
+"""One argument: arm64 spells memory with a space in brackets."""
+_MAX_SPELLED = 1024
 _SIZE = r"(?P<size>-?[1248])@"
+_NUMBER = r"-?(?:0x[0-9a-f]{1,16}|0|[1-9][0-9]{0,18})"
 _SPELLINGS: Mapping[str, tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]] = {
     "x86_64": (
         re.compile(_SIZE + r"%(?P<register>[a-z0-9]+)"),
-        re.compile(_SIZE + r"(?P<offset>-?(?:0x)?[0-9a-f]+)?\(%(?P<register>[a-z0-9]+)\)"),
-        re.compile(_SIZE + r"\$(?P<offset>-?(?:0x)?[0-9a-f]+)"),
+        re.compile(_SIZE + rf"(?P<offset>{_NUMBER})?\(%(?P<register>[a-z0-9]+)\)"),
+        re.compile(_SIZE + rf"\$(?P<offset>{_NUMBER})"),
     ),
     "aarch64": (
         re.compile(_SIZE + r"(?P<register>[xw][0-9]+|sp)"),
-        re.compile(_SIZE + r"\[(?P<register>x[0-9]+|sp)(?:, *(?P<offset>-?[0-9]+))?\]"),
-        re.compile(_SIZE + r"(?P<offset>-?[0-9]+)"),
+        re.compile(_SIZE + rf"\[(?P<register>x[0-9]+|sp)(?:, *(?P<offset>{_NUMBER}))?\]"),
+        re.compile(_SIZE + rf"(?P<offset>{_NUMBER})"),
     ),
 }
 

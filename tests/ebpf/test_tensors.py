@@ -166,7 +166,10 @@ def test_an_argument_is_found_where_its_note_says(spelled: str, machine: str, ex
 
 @pytest.mark.parametrize(
     "spelled",
-    [*("", "8@", "8@%", "8@%xmm0", "3@%rax", "8@8(%rax,%rbx,4)", "8@name(%rip)", "8@$99999999999", "%rax")],
+    [
+        *("", "8@", "8@%", "8@%xmm0", "3@%rax", "8@8(%rax,%rbx,4)", "8@name(%rip)", "8@$99999999999", "%rax"),
+        *("8@ff(%rax)", "8@$08", "8@$-0x", f"8@${'9' * 5000}"),
+    ],
 )
 def test_an_argument_that_is_not_understood_is_refused(spelled: str) -> None:
     with pytest.raises(ElfError, match="not understood"):
@@ -186,6 +189,16 @@ def test_notes_of_a_prelinked_library_move_with_its_base() -> None:
     assert (found.name, found.offset, found.semaphore, found.arguments) == (
         *("free", 0x1F10, 0x3F00, ("-8@%rdi",)),
     )
+
+
+def test_arguments_are_told_apart_as_either_machine_spells_them() -> None:
+    notes = [
+        (0, _note(16, 0, 0, b"pytorch", b"malloc", spelled))
+        for spelled in (b"-8@%rax -8@-56(%rbp)", b"8@x0 8@[sp, 16]")
+    ]
+    x86, arm = markers.parse(notes, "pytorch", lambda address: address)
+    assert x86.arguments == ("-8@%rax", "-8@-56(%rbp)")
+    assert arm.arguments == ("8@x0", "8@[sp, 16]")
 
 
 @pytest.mark.parametrize(
