@@ -10,58 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-KEYWORDS = frozenset(
-    [
-        "and",
-        "or",
-        "unless",
-        "by",
-        "without",
-        "on",
-        "ignoring",
-        "group_left",
-        "group_right",
-        "bool",
-        "offset",
-        "inf",
-        "nan",
-        "start",
-        "end",
-        "atan2",
-        "sum",
-        "min",
-        "max",
-        "avg",
-        "group",
-        "stddev",
-        "stdvar",
-        "count",
-        "count_values",
-        "bottomk",
-        "topk",
-        "quantile",
-        "limitk",
-        "limit_ratio",
-    ]
-)
-_AGGREGATIONS = frozenset(
-    [
-        "sum",
-        "min",
-        "max",
-        "avg",
-        "group",
-        "stddev",
-        "stdvar",
-        "count",
-        "count_values",
-        "bottomk",
-        "topk",
-        "quantile",
-        "limitk",
-        "limit_ratio",
-    ]
-)
+from gpuglass.promql import AGGREGATIONS, KEYWORDS
+
+_RESERVED = KEYWORDS | AGGREGATIONS
 _GROUPINGS = frozenset({"by", "without", "on", "ignoring", "group_left", "group_right"})
 _STRING = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''
 _TOKEN = re.compile(
@@ -126,15 +77,15 @@ def scan(expr: str) -> Scan:
                 labels.add(text)
                 if text == "__name__" and position + 2 < len(tokens):
                     named |= _names_of_matcher(tokens[position + 1][1], tokens[position + 2][1])
-            elif following == "(" and text not in KEYWORDS:
+            elif following == "(" and text not in _RESERVED:
                 functions.add(text)
                 made |= _made(text, tokens[position + 1 :])
             elif text in _GROUPINGS and following == "(":
                 pass
             elif _in_grouping(tokens, position):
                 labels.add(text)
-            elif text.lower() not in KEYWORDS or (
-                text in _AGGREGATIONS and following not in ("(", "by", "without")
+            elif text.lower() not in _RESERVED or (
+                text in AGGREGATIONS and following not in ("(", "by", "without")
             ):
                 named.add(text)
     if open_brackets:

@@ -253,11 +253,11 @@ _BRACES = re.compile(r"\{[^{}]*\}")
 _BRACKETS = re.compile(r"\[[^\[\]]*\]")
 _GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^()]*\)", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\w:.])([a-zA-Z_:][\w:]*)(?!\w)(\s*\()?")
-_KEYWORDS = frozenset(
+KEYWORDS = frozenset(
     {"and", "or", "unless", "bool", "offset", "inf", "nan", "atan2", "start", "end", "by", "without", "on"}
     | {"ignoring", "group_left", "group_right"}
 )
-_AGGREGATIONS = frozenset(
+AGGREGATIONS = frozenset(
     {"sum", "min", "max", "avg", "group", "stddev", "stdvar", "count", "count_values", "bottomk", "topk"}
     | {"quantile", "limitk", "limit_ratio"}
 )
@@ -269,5 +269,5 @@ def metrics_in(expression: str) -> Iterator[str]:
     for pattern in (_BRACES, _BRACKETS, _GROUPING):
         text = pattern.sub(" ", text)
     for word, call in _WORD.findall(text):
-        if not call and word.lower() not in _KEYWORDS and word not in _AGGREGATIONS:
+        if not call and word.lower() not in KEYWORDS and word not in AGGREGATIONS:
             yield word

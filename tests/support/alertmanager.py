@@ -8,7 +8,6 @@ it holds.
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 import urllib.request
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.ports import free_port
+from tests.support.servers import serving
 
 READY_SECONDS = 60
-STOP_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,28 +138,6 @@ def running_alertmanager(program: Path, config: Mapping[str, Any], folder: Path)
         f"--web.listen-address={address}",
         "--cluster.listen-address=",  # no cluster: else it waits for peers
     ]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     server = Alertmanager(f"http://{address}", log)
-    try:
-        _wait_ready(process, server)
+    with serving("Alertmanager", command, log, f"{server.url}/-/ready", READY_SECONDS):
         yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], server: Alertmanager) -> None:
-    until = time.monotonic() + READY_SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{server.url}/-/ready", timeout=5):
-                return
-        except OSError:  # not listening yet, or 503 while it starts
-            time.sleep(0.05)
-    said = "\n".join(server.log.read_text().splitlines()[-5:])
-    raise RuntimeError(f"Alertmanager is not ready (exit code {process.poll()}):\n{said}")

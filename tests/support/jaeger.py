@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.ports import free_port
+from tests.support.servers import serving
 
 START_SECONDS = 60
 STOP_SECONDS = 2
@@ -113,36 +113,13 @@ def running_jaeger(program: Path, folder: Path, grpc_port: int | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     config_file, log = folder / "jaeger.yaml", folder / "jaeger.log"
     config_file.write_text(json.dumps(config))  # JSON is YAML
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [str(program), "--config", str(config_file)],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        _wait_ready(process, f"http://{here}:{health}/status", log)
+    with serving(
+        *("Jaeger", [str(program), "--config", str(config_file)], log, f"http://{here}:{health}/status"),
+        *(START_SECONDS, STOP_SECONDS),
+        cwd=folder,
+        error=AssertionError,
+    ):
         yield Jaeger(f"http://{here}:{grpc}", f"http://{here}:{http}", f"http://{here}:{query}", log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:  # not listening yet, or 503 while it starts
-            time.sleep(0.05)
-    said = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-    raise AssertionError(f"Jaeger is not ready (exit code {process.poll()}):\n{said}")
 
 
 def _spans(result: dict[str, Any]) -> list[JaegerSpan]:

@@ -20,9 +20,9 @@ from typing import Any
 
 from gpuglass.demo import distribution
 from tests.support.ports import free_port
+from tests.support.servers import serving
 
 READY_SECONDS = 30
-STOP_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,31 +155,9 @@ def running_prometheus(
         *([f"--enable-feature={','.join(features)}"] if features else []),
         *flags,
     ]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    try:
-        server = Prometheus(f"http://{address}", log)
-        _wait_ready(process, server)
+    server = Prometheus(f"http://{address}", log)
+    with serving("Prometheus", command, log, f"{server.url}/-/ready", READY_SECONDS, error=PrometheusError):
         yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], server: Prometheus) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{server.url}/-/ready", timeout=5):
-                return
-        except OSError:  # not listening yet, or 503 while it starts
-            time.sleep(0.05)
-    said = "\n".join(server.log.read_text().splitlines()[-5:])
-    raise PrometheusError(f"Prometheus is not ready (exit code {process.poll()}):\n{said}")
 
 
 def _sample(element: dict[str, Any]) -> Sample:
