@@ -486,7 +486,9 @@ class Bench:
         self.generate(requests, steps + 60)
         self.taps.before = None
         mine = sum(busy[20 : 20 + steps])
-        seen = spans(profiler.result())
+        kernels = profiler.result()
+        seen = spans(kernels)
+        say_gaps(kernels)
         self.put("decode_busy_us", mine / steps / 1e3, requests)
         for name in ("kernel_sum", "union_0us", "union_2us", "union_10us"):
             self.put(f"decode_busy_against_{name}_percent", (mine / seen[name] - 1) * 100, requests)
@@ -583,8 +585,8 @@ class Bench:
         from gpuglass_vllm import attribution, core, experts, gpu_clock, worker
 
         watched: list[tuple[Any, str]] = [
-            (gpu_clock.EventClock, "begin forward end poll _look _recorded"),
-            (worker.Probe, "execute replay executed sample sampled _see_padding _count_experts drain_clock"),
+            (gpu_clock.EventClock, "begin forward end poll _recorded"),
+            (worker.Probe, "_changed_batch _begin _see_padding _count_experts drain_clock"),
             (attribution.Ledger, "observe gains sums"),
             (core.CoreProbe, "on_schedule on_update states sums"),
             (experts.Experts, "begin finish drain"),
@@ -642,6 +644,8 @@ class Bench:
             elif index - width in begins:
                 profilers[-1].stop()
                 windows.append(profilers[-1].result())
+                if len(windows) == 2:
+                    say_gaps(windows[-1])
 
         self.mixed(open_requests, steps=begins[-1] + width + 1, before=before)
         mine = sum(sum(busy[begin : begin + width]) for begin in begins)
@@ -833,6 +837,19 @@ def spans(kernels: list[tuple[int, int, str]]) -> dict[str, float]:
             until = max(until, end)
         result[f"union_{closed}us"] = float(total)
     return result
+
+
+def say_gaps(kernels: list[tuple[int, int, str]], least_us: float = 2.0) -> None:
+    """Where the device waited between two kernels, most time first."""
+    found: dict[tuple[str, str], list[int]] = {}
+    until, name_before = kernels[0][1], kernels[0][2]
+    for begin, end, name in kernels[1:]:
+        if begin - until > least_us * 1e3:
+            found.setdefault((name_before, name), []).append(begin - until)
+        if end > until:
+            until, name_before = end, name
+    for (one, two), gaps in sorted(found.items(), key=lambda item: -sum(item[1]))[:8]:
+        say(f"  gaps {len(gaps):5} x {statistics.median(gaps) / 1e3:8.1f} us: {one[:50]} | {two[:50]}")
 
 
 def interval(values: list[float], rounds: int = 2000) -> tuple[float, float]:

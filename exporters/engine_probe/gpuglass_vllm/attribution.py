@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from gpuglass_vllm.identity import short_id
@@ -58,33 +59,21 @@ class New(NamedTuple):
     tenant: str
 
 
-class Batch:
+class Batch(msgspec.Struct):
     """What a step was to do: what is kept of a `SchedulerOutput` until its time is known.
 
     Made on the engine's thread, so nothing is worked out here, and lists are the scheduler's own (it makes
-    new ones for each step). Prompts are not kept.
+    new ones for each step). Prompts are not kept. A struct because it is made without a Python call.
     """
 
-    __slots__ = ("computed", "finished", "ids", "new", "resumed", "tokens_of", "total")
-
-    def __init__(
-        self,
-        new: tuple[New, ...],
-        ids: list[str],
-        computed: list[int],
-        resumed: Collection[str],
-        finished: tuple[str, ...],
-        tokens_of: dict[str, int],
-        total: int,
-    ) -> None:
-        self.new = new
-        self.ids = ids
-        """Requests that were sent before; `computed` has the tokens that are computed of each."""
-        self.computed = computed
-        self.resumed = resumed
-        self.finished = finished
-        self.tokens_of = tokens_of
-        self.total = total
+    new: tuple[New, ...]
+    ids: list[str]
+    """Requests that were sent before; `computed` has the tokens that are computed of each."""
+    computed: list[int]
+    resumed: Collection[str]
+    finished: tuple[str, ...]
+    tokens_of: dict[str, int]
+    total: int
 
     @classmethod
     def of(cls, output: Any, tenant_of: Callable[[Any], str]) -> Batch:

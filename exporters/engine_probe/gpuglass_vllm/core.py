@@ -28,8 +28,10 @@ SEE_EVERY_NS = 240_000_000
 """A round through the running requests starts so often."""
 _MANY = 64
 """Running requests above which a round starts half as often."""
-_SLICE = 16
-"""Running requests looked at per step."""
+_SLICE = 4
+"""Running requests looked at per step, or a part of them if they are many: no step shall be longer for it."""
+_STEPS = 32
+"""Steps that a round takes at most."""
 MAX_OPEN = 20_000
 """Requests followed one by one; what is beyond still counts in the sums when it ends."""
 _HOLDERS = 3
@@ -117,6 +119,8 @@ class CoreProbe:
         self._eviction_seconds = 0.0
         self._freed: dict[int, int] = {}
         self._round: Iterator[None] | None = None
+        self.next_look = 0
+        """When running requests are to be looked at; 0: in this step."""
         self._round_start = 0
         self._pool_state: records.PoolState | None = None
         self._pool_sent: records.PoolState | None = None
@@ -163,9 +167,7 @@ class CoreProbe:
                 back = self._open.get(request_id) if request_id in resumed else None
                 if back is not None:
                     self._resumed(back, int(computed), now)
-        if self._round is not None or now - self._round_start >= SEE_EVERY_NS * (
-            2 if len(self._running) > _MANY else 1
-        ):
+        if now >= self.next_look:
             self._look(now)
 
     def on_update(self) -> None:
@@ -225,7 +227,7 @@ class CoreProbe:
         self._running.pop(request.request_id, None)
         self._changed.pop(request.request_id, None)
         if self._kv.on and self.pool is not None:
-            self._kv.run(self._last_look, opened, now)
+            self._kv.guard(self._last_look, opened, now)
         output = len(request.output_token_ids)
         computed = int(request.num_computed_tokens)
         if output and opened.first_token_ns < 0:
@@ -292,18 +294,21 @@ class CoreProbe:
         if self._round is None:
             self._round_start = now
             self._round = self._look_around()
+        self.next_look = 0
         if next(self._round, self) is self:
             self._round = None
+            self.next_look = self._round_start + SEE_EVERY_NS * (2 if len(self._running) > _MANY else 1)
 
     def _look_around(self) -> Iterator[None]:
         memo: kv.Memo = {}
         waste = 0
         pool = self.pool
         running = list(self._running.items())
-        for begin in range(0, len(running), _SLICE):
+        width = max(_SLICE, -(-len(running) // _STEPS))
+        for begin in range(0, len(running), width):
             now = time.monotonic_ns()
             with self._tenants.lock:
-                for request_id, opened in running[begin : begin + _SLICE]:
+                for request_id, opened in running[begin : begin + width]:
                     if request_id not in self._running:
                         continue
                     request = opened.request
@@ -315,7 +320,7 @@ class CoreProbe:
                         if pool.one_group:
                             places = pool.count(request_id) * pool.block_tokens
                             waste += max(0, places - opened.computed_tokens)
-            if begin + _SLICE < len(running):
+            if begin + width < len(running):
                 yield
         self._note_pool(waste if pool is not None and pool.one_group else -1)
 
@@ -402,11 +407,11 @@ class CoreProbe:
         """The pool, and open requests that changed."""
         now = time.monotonic_ns()
         if self._kv.on and now - self._cached[0] > _SWEEP_NS:
-            self._kv.run(self._sweep, now)
+            self._kv.guard(self._sweep, now)
         state = self._pool_state
         if not self._running and (state is None or state.running or now - state.at > _IDLE_NS):
             # No step comes that would say it.
-            self._kv.run(self._note_pool, 0)
+            self._kv.guard(self._note_pool, 0)
             state = self._pool_state
         if state is not None and (everything or state is not self._pool_sent):
             self._pool_sent = state
@@ -509,8 +514,13 @@ def install(scheduler_class: type) -> None:
 
 
 def _planned(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+    # Most steps only go on with what runs, and there is nothing to note.
     probe = _probes.get(id(scheduler))
-    if probe is not None:
+    if probe is not None and (
+        result.scheduled_new_reqs
+        or time.monotonic_ns() >= probe.next_look
+        or result.scheduled_cached_reqs.resumed_req_ids
+    ):
         probe.on_schedule(result)
 
 

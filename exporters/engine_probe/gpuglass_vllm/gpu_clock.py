@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
+
 Tag = TypeVar("Tag")
 
 _AT_ONCE = 16
@@ -43,19 +45,18 @@ Deliver = Callable[[Tag, float, float, float], None]
 ns)."""
 
 
-class _Entry(Generic[Tag]):
-    __slots__ = ("begin", "end", "forwarded", "gap", "tag", "unseen")
+class _Entry(msgspec.Struct):
+    """A struct because it is made without a Python call."""
 
-    def __init__(self, tag: Tag, gap: bool, unseen: bool) -> None:
-        self.tag = tag
-        self.begin: Event | None = None
-        """Where it begins, if that is not where the step before ended."""
-        self.end: Event | None = None
-        self.forwarded = False
-        self.unseen = unseen
-        """It was not looked yet whether the device waits."""
-        self.gap = gap
-        """Steps before this one were not timed."""
+    tag: Any
+    gap: bool
+    """Steps before this one were not timed."""
+    unseen: bool
+    """It was not looked yet whether the device waits."""
+    forwarded: bool = False
+    begin: Any = None
+    """An event where it begins, if that is not where the step before ended."""
+    end: Any = None
 
 
 class EventClock(Generic[Tag]):
@@ -68,15 +69,20 @@ class EventClock(Generic[Tag]):
         self,
         new_event: Callable[[], Event],
         record: Callable[[Any], None] = lambda event: event.record(),
+        query: Callable[[Any], bool] = lambda event: bool(event.query()),
         limit: int = MAX_OUTSTANDING,
     ) -> None:
-        """`record` puts an event on the engine's stream. Raises what `new_event` raises."""
+        """`record` puts an event on the engine's stream, `query` asks whether the device has passed one.
+
+        Raises what `new_event` raises.
+        """
         self._new_event = new_event
         self._record = record
+        self._query = query
         self._limit = limit
         self._pool: list[Event] = [new_event() for _ in range(8)]
-        self._queue: deque[_Entry[Tag]] = deque()
-        self._open: _Entry[Tag] | None = None
+        self._queue: deque[_Entry] = deque()
+        self._open: _Entry | None = None
         self._newest: Event | None = None
         """End of the last step that was queued."""
         self._last_end: Event | None = None
@@ -104,14 +110,10 @@ class EventClock(Generic[Tag]):
         entry = self._open = _Entry(tag, self._missed, graph)
         self._missed = False
         if not graph:
-            self._look(entry)
+            newest = self._newest
+            if newest is None or entry.gap or self._query(newest):
+                entry.begin = self._recorded()
         return True
-
-    def _look(self, entry: _Entry[Tag]) -> None:
-        """Note where the step begins if the device waits for it."""
-        newest = self._newest
-        if newest is None or entry.gap or newest.query():
-            entry.begin = self._recorded()
 
     def forward(self) -> None:
         """A captured graph of the step is about to be launched; only the first one tells something."""
@@ -120,10 +122,12 @@ class EventClock(Generic[Tag]):
             return
         entry.forwarded = True
         entry.unseen = False
-        if entry.begin is None:
-            self._look(entry)
-        elif entry.begin.query():
-            self._record(entry.begin)
+        begin, newest = entry.begin, self._newest
+        if begin is not None:
+            if self._query(begin):
+                self._record(begin)
+        elif newest is None or entry.gap or self._query(newest):
+            entry.begin = self._recorded()
 
     def pause(self) -> None:
         """The forward pass is queued; sampling follows."""
@@ -137,7 +141,9 @@ class EventClock(Generic[Tag]):
         if entry is not None:
             if entry.unseen and (self._newest is None or entry.gap):
                 entry.begin = self._recorded()
-            entry.end = self._newest = self._recorded()
+            end = self._pool.pop() if self._pool else self._new_event()
+            self._record(end)
+            entry.end = self._newest = end
             self._queue.append(entry)
 
     def note(self, tag: Tag) -> bool:
@@ -177,7 +183,7 @@ class EventClock(Generic[Tag]):
             self._deliver(queue.popleft(), deliver)
         return passed
 
-    def _deliver(self, entry: _Entry[Tag], deliver: Deliver[Tag]) -> None:
+    def _deliver(self, entry: _Entry, deliver: Deliver[Tag]) -> None:
         before, begin, end = self._last_end, entry.begin, entry.end
         if end is None:
             deliver(entry.tag, 0.0, 0.0, 0.0)

@@ -99,19 +99,26 @@ class Hook:
         if self.fault:
             raise InjectedFault(self.name)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call `function` if the hook is on; its result, or None if it failed."""
+    def guard(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` if the hook is on; its result, or None if it failed.
+
+        For calls whose time counts for another hook already, or is not the engine's (the link's thread).
+        """
         if not self.on:
             return None
-        start = time.perf_counter_ns()
         try:
             self.check()
             return function(*args)
         except Exception as error:
             self.failed(error)
             return None
-        finally:
-            self.ns += time.perf_counter_ns() - start
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Like `guard`, on one of the engine's threads: the time counts as the hook's."""
+        start = time.perf_counter_ns()
+        result = self.guard(function, *args)
+        self.ns += time.perf_counter_ns() - start
+        return result
 
     def _set(self, state: str, reason: str) -> None:
         self.on = False
@@ -159,11 +166,13 @@ def wrap(
     before: Before | None = None,
     after: After | None = None,
     on_error: OnError | None = None,
+    holder: str = "",
 ) -> bool:
     """Put our functions around a method of a class (or a function of a module).
 
-    Works on methods, static methods (the object is None) and coroutine functions. Wrapping twice does
-    nothing. Returns False, and says so in the hook, if there is no such method.
+    Works on methods, static methods (the object is None) and coroutine functions. With `holder`, methods
+    only: our functions get that attribute of the object in its place, and are not called where it has none.
+    Wrapping twice does nothing. Returns False, and says so in the hook, if there is no such method.
     """
     try:
         raw = inspect.getattr_static(owner, name)
@@ -178,8 +187,10 @@ def wrap(
     wrapped_by = getattr(original, "__gpuglass__", ())
     if hook.name in wrapped_by:
         return True
-    make = _wrapped_coroutine if inspect.iscoroutinefunction(original) else _wrapped
-    replacement = make(original, hook, static, before, after, on_error)
+    if inspect.iscoroutinefunction(original):
+        replacement = _wrapped_coroutine(original, hook, static, before, after, on_error)
+    else:
+        replacement = _wrapped(original, hook, static, before, after, on_error, holder)
     replacement.__gpuglass__ = (*wrapped_by, hook.name)  # type: ignore[attr-defined]
     setattr(owner, name, staticmethod(replacement) if static else replacement)
     return True
@@ -192,6 +203,7 @@ def _wrapped(
     before: Before | None,
     after: After | None,
     on_error: OnError | None,
+    holder: str,
 ) -> Callable[..., Any]:
     clock = time.perf_counter_ns
 
@@ -201,6 +213,10 @@ def _wrapped(
         if not (hook.on and hook.wanted):
             return original(*args, **kwargs)
         this, rest = (None, args) if static else (args[0], args[1:])
+        if holder:
+            this = getattr(this, holder, None)
+            if this is None:
+                return original(*args, **kwargs)
         token = None
         if before is not None:
             start = clock()

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from gpuglass_vllm import records
 from gpuglass_vllm.attribution import Batch, Ledger, Run, Step
 from gpuglass_vllm.identity import short_id
@@ -28,8 +30,7 @@ Span = tuple[int, int, int]
 UNKNOWN: Span = (0, 0, 0)
 
 
-@dataclass(slots=True)
-class Noted:
+class Noted(msgspec.Struct):
     """One step as the engine's thread saw it. All else is worked out on the link's thread."""
 
     batch: Batch | None

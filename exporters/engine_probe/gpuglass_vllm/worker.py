@@ -82,52 +82,28 @@ def _attach(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         _wrap_methods(type(worker))
 
 
-def _guarded(hook: hooks.Hook, function: Callable[..., Any], *args: Any) -> Any:
-    """Like `Hook.run`, where the time already counts for another hook or is not the engine's."""
-    if not hook.on:
-        return None
-    try:
-        hook.check()
-        return function(*args)
-    except Exception as error:
-        hook.failed(error)
-        return None
-
-
 def _defining(cls: type, name: str) -> type:
     """The class that a method of `cls` comes from; `cls` itself if there is none."""
     return next((base for base in cls.__mro__ if name in vars(base)), cls)
 
 
-def _call(method: str) -> Callable[..., Any]:
-    """The method of a worker's probe, as a hook calls it."""
-    function = getattr(Probe, method)
-
-    def forwarded(worker: Any, *args: Any) -> Any:
-        probe = getattr(worker, _PROBE, None)
-        return function(probe, *args) if probe is not None else None
-
-    return forwarded
-
-
-def _wrap(cls: type, name: str, hook: hooks.Hook, **calls: str) -> None:
-    """Put methods of the probe around a worker's method: `before="execute"`."""
-    found = {when: _call(method) for when, method in calls.items()}
-    hooks.wrap(_defining(cls, name), name, hook, **found)
+def _wrap(cls: type, name: str, hook: hooks.Hook, **calls: Callable[..., Any]) -> None:
+    """Put methods of the probe around a worker's method."""
+    hooks.wrap(_defining(cls, name), name, hook, holder=_PROBE, **calls)
 
 
 def _wrap_methods(cls: type) -> None:
     """All but `sample_tokens`: what is called there depends on the clock."""
-    _wrap(cls, "compile_or_warm_up_model", EXPERTS, before="bind_experts")
-    _wrap(cls, "compile_or_warm_up_model", STEPS, before="warm_up", after="start")
-    _wrap(cls, "execute_model", STEPS, before="execute", after="executed", on_error="failed")
-    _wrap(cls, "execute_dummy_batch", STEPS, before="dummy", after="sampled", on_error="cancel")
+    _wrap(cls, "compile_or_warm_up_model", EXPERTS, before=Probe.bind_experts)
+    _wrap(cls, "compile_or_warm_up_model", STEPS, before=Probe.warm_up, after=Probe.start)
+    _wrap(cls, "execute_model", STEPS, before=Probe.execute, after=Probe.executed, on_error=Probe.failed)
+    _wrap(cls, "execute_dummy_batch", STEPS, before=Probe.dummy, after=Probe.sampled, on_error=Probe.cancel)
 
 
 def _wrap_sampling(cls: type, clock: str) -> None:
     # Only a clock of the host has to know when it comes back to the step.
-    comes_back = {"before": "sample"} if clock == WallClock.kind else {}
-    _wrap(cls, "sample_tokens", STEPS, after="sampled", on_error="sampling_failed", **comes_back)
+    comes_back = {"before": Probe.sample} if clock == WallClock.kind else {}
+    _wrap(cls, "sample_tokens", STEPS, after=Probe.sampled, on_error=Probe.sampling_failed, **comes_back)
 
 
 class Probe:
@@ -157,13 +133,13 @@ class Probe:
         self.uuid = ""
         self.device_name = ""
         self.peak_flops = 0.0
-        self._step: Noted | None = None
+        self.step: Noted | None = None
         self._output: Any = None
         self._number = 0
-        self._chosen = False
-        self._replays = 0
+        self.chosen = False
+        self.replays = 0
         """Captured graphs replayed in the step."""
-        self._padded = (0, 0, 0)
+        self._shape_tokens = self._shape_replays = self._shape_padded = 0
         """Tokens and replays of the last step whose padding was looked at, and its padding."""
         self._graph_sizes: set[int] = set()
         """Numbers of tokens whose steps replay captured graphs."""
@@ -250,7 +226,11 @@ class Probe:
         import torch
 
         try:
-            return EventClock(lambda: torch.cuda.Event(enable_timing=True), _recorder(self.worker.device))
+            return EventClock(
+                lambda: torch.cuda.Event(enable_timing=True),
+                _recorder(self.worker.device),
+                _event_base().query,
+            )
         except Exception as error:
             logger.warning("steps are timed by the host's clock, CUDA events cannot be had: %r", error)
             return WallClock()
@@ -313,19 +293,42 @@ class Probe:
         if not self.live:
             return
         output = args[0] if args else kwargs["scheduler_output"]
-        batch = Batch.of(output, marks.tenant_of)
+        total = output.total_num_scheduled_tokens
+        cached = output.scheduled_cached_reqs
+        if (
+            output.scheduled_new_reqs
+            or output.finished_req_ids
+            or self._ended
+            or not (total and cached.req_ids)
+        ):
+            batch = self._changed_batch(output)
+            if not batch.runs:
+                self._leave(Noted(batch, self._number))
+                return
+        else:
+            batch = Batch(
+                (),
+                cached.req_ids,
+                cached.num_computed_tokens,
+                getattr(cached, "resumed_req_ids", ()),
+                (),
+                output.num_scheduled_tokens,
+                total,
+            )
+        self._begin(batch, total in self._graph_sizes)
+        self._output = output
         experts = self.experts
-        if experts is not None and (batch.new or batch.finished):
+        self.chosen = experts is not None and EXPERTS.on and experts.begin(total)
+
+    def _changed_batch(self, output: Any) -> Batch:
+        """Requests came or went."""
+        batch = Batch.of(output, marks.tenant_of)
+        if self.experts is not None:
             self._follow(batch)
         if self._ended:
             batch.finished = (*self._ended, *batch.finished)
             self._ended = ()
-        if not batch.runs:
-            self._leave(Noted(batch, self._number))
-            return
-        self._begin(batch, batch.total in self._graph_sizes)
-        self._output = output
-        self._chosen = experts is not None and EXPERTS.on and experts.begin(batch.total)
+        return batch
 
     def _follow(self, batch: Batch) -> None:
         for request_id in batch.finished:
@@ -333,33 +336,22 @@ class Probe:
         for new in batch.new:
             self.tenants.begin(new.id, new.tenant)
 
-    def replay(self, graph: Any) -> None:
-        """A captured graph is about to be replayed; in a step, the first one begins the forward pass."""
-        if self._step is None:
-            return
-        self._replays += 1
-        if self._replays == 1:
-            self.clock.forward()
-        if self._chosen and self.experts is not None:
-            held = getattr(graph, _HELD, None)
-            if held is not None:
-                self.experts.routing.replayed(held)
-
     def executed(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """The forward pass is queued; sampling follows unless there is a result already."""
-        noted = self._step
+        noted = self.step
         if noted is None or noted.batch is None:
             return
-        replays = noted.replays = self._replays
+        replays = noted.replays = self.replays
         tokens = noted.batch.total
-        if (tokens, replays) == self._padded[:2]:
-            noted.padded = self._padded[2]
+        if tokens == self._shape_tokens and replays == self._shape_replays:
+            noted.padded = self._shape_padded
         else:
             self._note_shape(noted, tokens, replays)
-        if self._chosen:
-            _guarded(EXPERTS, self._count_experts, noted.batch, self._output)
+        if self.chosen:
+            EXPERTS.guard(self._count_experts, noted.batch, self._output)
         if result is None:
-            self.clock.pause()
+            if self.clock.kind == WallClock.kind:
+                self.clock.pause()
         else:
             self.sampled(args, kwargs, result, token)
 
@@ -369,12 +361,12 @@ class Probe:
             self._graph_sizes.discard(tokens)
         elif len(self._graph_sizes) < _GRAPH_SIZES:
             self._graph_sizes.add(tokens)
-        _guarded(PADDING, self._see_padding, noted, tokens)
-        self._padded = (tokens, replays, noted.padded)
+        PADDING.guard(self._see_padding, noted, tokens)
+        self._shape_tokens, self._shape_replays, self._shape_padded = tokens, replays, noted.padded
 
     def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sampling begins."""
-        if self._step is not None:
+        if self.step is not None:
             self.clock.resume()
 
     def dummy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -382,7 +374,7 @@ class Probe:
         if not self.live:
             return
         self._begin(None, False)
-        self._chosen = False
+        self.chosen = False
 
     def _begin(self, batch: Batch | None, graph: bool) -> None:
         """Start the clock for a step."""
@@ -395,14 +387,14 @@ class Probe:
             noted.profiled = self._profile(kernels.begin)
         if not self.clock.begin(noted, graph):
             self._forget(noted)
-        self._step = noted
-        self._replays = 0
+        self.step = noted
+        self.replays = 0
 
     def sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """All of the step is queued."""
-        noted = self._step
+        noted = self.step
         if noted is not None:
-            self._step = self._output = None
+            self.step = self._output = None
             noted.end_ns = time.monotonic_ns()
             self.clock.end()
             if noted.profiled and self.kernels is not None:
@@ -440,7 +432,7 @@ class Probe:
 
     def cancel(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
         """The engine failed in this step."""
-        noted, self._step, self._output = self._step, None, None
+        noted, self.step, self._output = self.step, None, None
         self.clock.cancel()
         if noted is not None and noted.profiled and self.kernels is not None:
             self._profile(self.kernels.cancel)
@@ -452,14 +444,14 @@ class Probe:
     def failed(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any) -> None:
         """`execute_model` raised: if memory ran out, tell which batch it was."""
         output = args[0] if args else kwargs.get("scheduler_output")
-        _guarded(OUT_OF_MEMORY, self._tell_out_of_memory, error, output)
+        OUT_OF_MEMORY.guard(self._tell_out_of_memory, error, output)
         self.cancel(args, kwargs, error, token)
 
     def sampling_failed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException, token: Any
     ) -> None:
         """`sample_tokens` raised."""
-        _guarded(OUT_OF_MEMORY, self._tell_out_of_memory, error, self._output)
+        OUT_OF_MEMORY.guard(self._tell_out_of_memory, error, self._output)
         self.cancel(args, kwargs, error, token)
 
     def _tell_out_of_memory(self, error: BaseException, output: Any) -> None:
@@ -517,7 +509,7 @@ class Probe:
         span, anchors = self.clock.span, self.anchors
         if span is None or anchors is None:
             return NO_SPAN
-        found: Span | None = _guarded(ANCHORS, anchors.place, *span)
+        found: Span | None = ANCHORS.guard(anchors.place, *span)
         return found or NO_SPAN
 
     def drain_clock(self) -> None:
@@ -568,14 +560,14 @@ class WorkerSource:
         at = time.monotonic_ns()
         result: list[records.Record] = []
         if probe.anchors is not None:
-            _guarded(ANCHORS, probe.anchors.refresh)
-        _guarded(STEPS, probe.drain_clock)
+            ANCHORS.guard(probe.anchors.refresh)
+        STEPS.guard(probe.drain_clock)
         result += probe.ledger.gains(everything).records(at)
         self._tell_steps(probe)
         now = time.monotonic()
         if ALLOCATOR.on and (everything or now >= self._next_allocator):
             self._next_allocator = now + ALLOCATOR_INTERVAL
-            state = _guarded(ALLOCATOR, self._allocator_state, at)
+            state = ALLOCATOR.guard(self._allocator_state, at)
             if state is not None:
                 result.append(state)
         return result
@@ -585,21 +577,21 @@ class WorkerSource:
         """Steps that are told one by one; a step before its kernels."""
         if probe.link is None:
             return
-        for sample in _guarded(SAMPLES, probe.take_samples) or ():
+        for sample in SAMPLES.guard(probe.take_samples) or ():
             probe.link.event(sample)
-        for chunks in _guarded(SAMPLES, probe.samples.take_chunks) or ():
+        for chunks in SAMPLES.guard(probe.samples.take_chunks) or ():
             probe.link.event(chunks)
-        if probe.kernels is not None and (found := _guarded(KERNELS, probe.take_kernels)) is not None:
+        if probe.kernels is not None and (found := KERNELS.guard(probe.take_kernels)) is not None:
             probe.link.event(found)
 
     def sums(self) -> Iterable[records.Record]:
         """Time of tenants and steps, and expert counts when it is time for them."""
         probe = self._probe
-        _guarded(STEPS, probe.drain_clock)
+        STEPS.guard(probe.drain_clock)
         result: list[records.Record] = list(probe.ledger.sums(probe.clock.kind))
         if probe.experts is not None and EXPERTS.on:
             last = probe.link is not None and probe.link.stopping
-            drained = _guarded(EXPERTS, probe.experts.drain, time.monotonic_ns(), last)
+            drained = EXPERTS.guard(probe.experts.drain, time.monotonic_ns(), last)
             if drained is not None:
                 sums, hot = drained
                 result += sums
@@ -716,6 +708,13 @@ _probe_of_graphs: Probe | None = None
 """The process's worker; graphs do not know theirs."""
 
 
+def _event_base() -> Any:
+    """The class of events in C: a method of torch's own class in Python calls it."""
+    import torch
+
+    return getattr(torch._C, "_CudaEventBase", torch.cuda.Event)
+
+
 def _recorder(device: Any) -> Callable[[Any], None]:
     """Puts an event on the current stream of the calling thread; torch's own look-up costs more than the
     event."""
@@ -725,13 +724,14 @@ def _recorder(device: Any) -> Callable[[Any], None]:
     current_handle = torch._C._cuda_getCurrentRawStream
     stream = torch.cuda.current_stream(index)
     handle = current_handle(index)
+    put = _event_base().record
 
     def record(event: Any) -> None:
         nonlocal stream, handle
         now = current_handle(index)
         if now != handle:
             stream, handle = torch.cuda.current_stream(index), now
-        event.record(stream)
+        put(event, stream)
 
     return record
 
@@ -759,9 +759,17 @@ def _watch_replays(probe: Probe) -> None:
     _probe_of_graphs = probe
 
     def replay(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In a step, the first graph begins the forward pass."""
         current = _probe_of_graphs
-        if current is not None:
-            current.replay(graph)
+        if current is None or current.step is None:
+            return
+        current.replays += 1
+        if current.replays == 1:
+            current.clock.forward()
+        if current.chosen and current.experts is not None:
+            held = getattr(graph, _HELD, None)
+            if held is not None:
+                current.experts.routing.replayed(held)
 
     hooks.wrap(torch.cuda.CUDAGraph, "replay", STEPS, before=replay)
 
