@@ -46,6 +46,8 @@ ROLES = ("frontend", "core", "worker")
 CLOCKS = ("cuda", "wall")
 STATES = ("active", "unavailable", "disabled")
 PLACEMENTS = ("linear", "round_robin", "unknown")
+SLEEPERS = frozenset({"weights", "kv_cache", "graphs"})
+"""Parts of a worker's memory that can be taken off the device for a while."""
 
 _MAX_CHARACTERS = {
     "request_id": records.MAX_ID,
@@ -73,6 +75,11 @@ _LEAST = {
     "rank": -1,
     "waste_tokens": -1,
     "untracked_bytes": -1,
+    "weights": -1,
+    "kv_cache": -1,
+    "graphs": -1,
+    "graph_tensors": -1,
+    "activation_peak": -1,
 }
 """Whole numbers that say "unknown" or "none" by -1."""
 _LEAST_ANY = {"clock_offset_ns"}
@@ -97,6 +104,7 @@ ROLE_OF: Mapping[type, Collection[str]] = {
     records.ExpertSums: ("worker",),
     records.HotExperts: ("worker",),
     records.AllocatorState: ("worker",),
+    records.MemoryState: ("worker",),
     records.OutOfMemory: ("worker",),
     records.StepSample: ("worker",),
     records.PrefillChunks: ("worker",),
@@ -352,6 +360,10 @@ def _steps(record: records.StepSums, hello: records.Hello) -> bool:
     )
 
 
+def _memory(record: records.MemoryState, hello: records.Hello) -> bool:
+    return record.graph_tensors <= record.graphs and SLEEPERS.issuperset(record.asleep)
+
+
 def _experts(record: records.ExpertSums, hello: records.Hello) -> bool:
     if hello.experts is None or record.counted_tokens > record.seen_tokens:
         return False
@@ -451,6 +463,7 @@ _SPECIAL: Mapping[type, Callable[[Any, records.Hello], bool]] = {
     records.StepSums: _steps,
     records.ExpertSums: _experts,
     records.HotExperts: _hot_experts,
+    records.MemoryState: _memory,
     records.OutOfMemory: _out_of_memory,
     records.StepSample: _step,
     records.PrefillChunks: _prefill,

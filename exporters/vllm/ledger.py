@@ -139,6 +139,7 @@ class Ledger:
         """Take other limits and quotas. Windows of experts that exist keep their length."""
         self.settings = settings
         self.tenants.raise_limit(settings.tenants)
+            records.MemoryState: self._memory,
         self.tenants.admit_first(settings.quotas)
 
     # Sink
@@ -778,6 +779,12 @@ def _engine_fields(engine: Engine, speaker: Sender | None) -> dict[str, Any]:
     workers = sorted(engine.account.workers.items())
     return {
         "model_name": labels.model_name,
+    def _memory(self, sender: Sender, record: records.MemoryState, now_ns: int) -> None:
+        _, engine = self._places[sender.number]
+        worker = engine.account.worker(sender.hello.rank)
+        if worker is not None:
+            worker.remembered(record)
+
         "engine": labels.engine,
         "server": labels.server,
         "workload": (labels.namespace, labels.pod, labels.container),

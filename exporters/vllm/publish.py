@@ -16,6 +16,7 @@ from exporters.vllm.account import Account
 from exporters.vllm.engines import Engine, Server
 from exporters.vllm.experts import HOT_TENANTS, imbalance, jain
 from exporters.vllm.ledger import Ledger
+from exporters.vllm.memory import parts
 from exporters.vllm.requests import OpenRequest
 from exporters.vllm.steps import WorkerTotals, fragmentation
 from gpuglass.families import engine as families
@@ -261,6 +262,7 @@ def _worker(scope: Batch, worker: WorkerTotals, now_ns: int) -> None:
         scope.add(families.FLOPS, worker.flops)
         scope.add(families.FLOPS_RATIO, round(worker.flops_ratio(now_ns), 4))
     _allocator(scope, worker)
+    _memory(scope, worker)
 
 
 _ALLOCATOR: tuple[tuple[Family, str], ...] = (
@@ -282,3 +284,13 @@ def _allocator(scope: Batch, worker: WorkerTotals) -> None:
     for family, name in _ALLOCATOR:
         scope.add(family, getattr(state, name))
     scope.add(families.FRAGMENTATION, round(fragmentation(state), 4))
+
+
+def _memory(scope: Batch, worker: WorkerTotals) -> None:
+    state = worker.memory
+    if state is None or worker.sender is None:
+        return
+    for part, size in parts(state, worker.allocator).items():
+        scope.add(families.MEMORY, size, part)
+    if state.activation_peak >= 0:
+        scope.add(families.ACTIVATION_PEAK, state.activation_peak)

@@ -57,7 +57,13 @@ REOPEN_SECONDS = 10.0
 WORKLOAD_SECONDS = 60.0
 """How long the names of a new pod may be incomplete: the kubelet writes them a moment after the start."""
 
-_STATES = (records.PoolState, records.GpuProgress, records.AllocatorState, records.ProbeState)
+_STATES = (
+    records.PoolState,
+    records.GpuProgress,
+    records.AllocatorState,
+    records.MemoryState,
+    records.ProbeState,
+)
 """Records made when they are sent: their age on arrival is the lag."""
 _WRONG = (msgspec.MsgspecError, UnicodeError, ValueError, OverflowError, RecursionError, MemoryError)
 """What decoding of hostile bytes may raise."""

@@ -1,4 +1,4 @@
-"""What a worker tells of its steps and its allocator, summed since the agent started."""
+"""What a worker tells of its steps and its memory, summed since the agent started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prometheus_client.samples import Exemplar
 from exporters.vllm.histograms import Observed
 from exporters.vllm.sink import Sender
 from gpuglass.families import engine as families
-from gpuglass_vllm.records import AllocatorState, StepSums
+from gpuglass_vllm.records import AllocatorState, MemoryState, StepSums
 
 FLOPS_WINDOW_NS = 15_000_000_000
 """Over which the use of floating-point operations is computed."""
@@ -68,6 +68,7 @@ class WorkerTotals:
         "flops",
         "flops_at",
         "lacking",
+        "memory",
         "out_of_memory",
         "out_of_memory_exemplar",
         "padded_tokens",
@@ -89,6 +90,7 @@ class WorkerTotals:
         self.flops_at: deque[tuple[int, float]] = deque(maxlen=_SAMPLES)
         """(when, `flops` by then), about one a second."""
         self.allocator: AllocatorState | None = None
+        self.memory: MemoryState | None = None
         self.out_of_memory = 0
         self.out_of_memory_exemplar: Exemplar | None = None
         self._gpu_uuid = ""
@@ -120,6 +122,7 @@ class WorkerTotals:
             self._retries_before += self.allocator.retries
             self._ooms_before += self.allocator.ooms
         self.allocator = None
+        self.memory = None
         self.flops_at.clear()
 
     def allocated(self, state: AllocatorState) -> None:
@@ -131,6 +134,11 @@ class WorkerTotals:
             self._retries_before += old.retries if state.retries < old.retries else 0
             self._ooms_before += old.ooms if state.ooms < old.ooms else 0
         self.allocator = state
+
+    def remembered(self, state: MemoryState) -> None:
+        """What its memory is for; the latest word counts."""
+        if self.memory is None or state.at >= self.memory.at:
+            self.memory = state
 
     @property
     def retries(self) -> int:

@@ -583,6 +583,26 @@ ALLOCATOR_INACTIVE_SPLIT = _worker(
     "bytes",
     "Free pieces of split segments: reserved, and of no use to larger requests.",
 )
+MEMORY = _worker(
+    "engine_memory_bytes",
+    Kind.GAUGE,
+    "bytes",
+    "What a worker's device memory is for, by part: weights, kv_cache, graphs (the private pools of captured "
+    "CUDA graphs), activations (live tensors that are none of these, the engine's buffers among them), "
+    "in_flight (freed, still used by the stream), allocator_cache (reserved and not in use), unknown (live, "
+    "where one of the first three is unknown). The parts add up to gpuglass_allocator_reserved_bytes; parts "
+    "that sleep mode has taken off the device are 0.",
+    "part",
+    absent=_NO_WORKER + " On a CPU there are weights and kv_cache only.",
+)
+ACTIVATION_PEAK = _worker(
+    "engine_activation_peak_bytes",
+    Kind.GAUGE,
+    "bytes",
+    "Memory that the engine found its largest batch to need beside weights and KV cache, when it started. No "
+    "part of gpuglass_engine_memory_bytes: it comes and goes.",
+    absent="The worker runs on a CPU, or was told the size of its KV cache and so did not measure it.",
+)
 FRAGMENTATION = _worker(
     "allocator_fragmentation_ratio",
     Kind.GAUGE,

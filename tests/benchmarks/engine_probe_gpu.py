@@ -1,16 +1,18 @@
 """Cost and truth of the engine probe on a real GPU: the deepseek-v2-lite shape with CUDA graphs, both model
 runners.
 
-Needs vLLM, a CUDA device and `gpuglass_vllm` on the path; nothing else of this project, and no network. Each
-model runner is a process of its own (the first start compiles: about two minutes). In it, at 4, 64 and 256
-running requests:
+Needs vLLM, a CUDA device and `gpuglass_vllm` on the path; nothing else of this project (but for part m, which
+divides as the agent does), and no network. Each model runner is a process of its own (the first start
+compiles: about two minutes). In it, at 4, 64 and 256 running requests:
 
 - expert counts against tokens × top-k × layers, and against a scatter_add in every layer (mode `check`);
 - GPU time of the probe's own kernels as a share of all kernel time, by torch.profiler;
 - step time with hooks on and off in blocks that alternate in one process: paired medians, 95 % interval;
 - CPU time of hooks and of the probe's threads as a share of step time; steps longer than their neighbours;
 - over 60 s of mixed load, the probe's GPU time against the profiler's kernel time in windows of a repeat; the
-  same for decode steps at each number of requests.
+  same for decode steps at each number of requests;
+- (part m) memory by part: weights against the model's parameters, KV cache against what was planned, graphs
+  against what their capture took from the device, and all parts against NVML's word on the device.
 
 Ends with one JSON line. Without a GPU it says so and gives no figures.
 """
@@ -100,6 +102,13 @@ TARGETS = {
     "experts_exact": ">= 1",
     "experts_like_scatter": ">= 1",
     "gpu_time_against_kernels_percent_off": "<= 2",
+    "memory_weights_percent_off": "<= 1",
+    "memory_kv_cache_percent_off": "<= 0.1",
+    "memory_graphs_bytes": ">= 1",
+    "memory_parts_less_reserved_bytes": "<= 0",
+    "memory_reserved_less_parts_bytes": "<= 0",
+    "memory_rest_bytes": ">= 0",
+    "memory_rest_percent": "<= 5",
 }
 
 
@@ -311,6 +320,8 @@ class Bench:
         """Load vLLM, the probe and the model."""
         if self.arguments.mode == "check":
             self._scatter_in_every_layer()
+        if "m" in self.arguments.parts:
+            self.captured = captured_bytes()
         from vllm import LLM
         from vllm.plugins import load_general_plugins
 
@@ -389,6 +400,53 @@ class Bench:
             if experts._taking is None and experts._seen == experts._seen_before:
                 return
         say("counts were not told in time")
+
+    # (m)
+
+    def memory(self) -> None:
+        """Parts of the worker's memory against what others say of them."""
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from exporters.vllm.memory import parts
+        from gpuglass_vllm import allocator, memory
+        from gpuglass_vllm.records import AllocatorState
+        from tests.support.vllm_models import deepseek_parameters
+
+        told = self.probe.memory.state(1)
+        begin = time.perf_counter_ns()
+        memory.Memory(self.worker, self.cuda)
+        self.put("memory_read_ms", (time.perf_counter_ns() - begin) / 1e6)
+        expected = deepseek_parameters(self.model_config) * 2
+        self.put("memory_weights_percent_off", abs(told.weights / expected - 1) * 100)
+        self.put("memory_loaded_percent_off", abs(self.probe.memory.loaded / expected - 1) * 100)
+        core = self.llm.llm_engine.engine_core.engine_core
+        planned = sum(tensor.size for tensor in core.scheduler.kv_cache_config.kv_cache_tensors)
+        self.put("memory_kv_cache_percent_off", abs(told.kv_cache / planned - 1) * 100)
+        state: AllocatorState | None = None
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.generate(self.arguments.batches[0], 20, prompt=4096)
+            synchronize(True)
+            state = allocator.state(torch.cuda.memory.memory_stats_as_nested_dict(self.worker.device), 1)
+            peak = torch.cuda.max_memory_allocated() - told.weights - told.kv_cache - told.graph_tensors
+            self.put("memory_activation_peak_bytes", told.activation_peak)
+            self.put("memory_activation_peak_seen_bytes", peak)
+        found = parts(told, state)
+        for part, size in found.items():
+            self.put(f"memory_{part}_bytes", size)
+        if state is None:
+            return
+        self.put("memory_graph_tensors_bytes", told.graph_tensors)
+        self.put("memory_capture_took_bytes", sum(self.captured))
+        whole = sum(found.values())
+        self.put("memory_reserved_bytes", state.reserved)
+        self.put("memory_parts_less_reserved_bytes", max(0, whole - state.reserved))
+        self.put("memory_reserved_less_parts_bytes", max(0, state.reserved - whole))
+        used = used_bytes(self.probe.uuid)
+        self.put("memory_used_bytes", used)
+        self.put("memory_rest_bytes", used - whole)
+        self.put("memory_rest_percent", (used - whole) / used * 100)
 
     # (a)
 
@@ -746,6 +804,8 @@ class Bench:
             for requests in (*arguments.batches, 5):
                 self.exact(requests, 40 if quick else 120)
             return
+        if "m" in parts:
+            self.memory()
         if "b" in parts and self.cuda:
             warm = Profiler()
             warm.start()
@@ -887,6 +947,35 @@ def longer_than_neighbours(steps: list[tuple[int, float]]) -> float:
     return longer / len(values) * 100
 
 
+def captured_bytes() -> list[int]:
+    """What each capture of graphs took from the device, by vLLM's own count, as it happens."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Runner2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner1
+
+    took: list[int] = []
+
+    def watch(runner: Any) -> None:
+        capture = runner.capture_model
+
+        def capture_model(*args: Any, **kwargs: Any) -> int:
+            took.append(int(capture(*args, **kwargs)))
+            return took[-1]
+
+        runner.capture_model = capture_model
+
+    for runner in (Runner1, Runner2):
+        watch(runner)
+    return took
+
+
+def used_bytes(uuid: str) -> int:
+    """Memory of the device that is used, by NVML."""
+    from vllm.third_party import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)
+
+
 def tenant_by_seed(params: Any) -> str:
     """The tenant that this script gave a request (no frontend does here)."""
     return str((getattr(params, "extra_args", None) or {}).get("bench_tenant", ""))
@@ -974,7 +1063,8 @@ def main() -> int:
     parser.add_argument(
         "--parts",
         default="abcf",
-        help="a exact counts, b kernels, c paired steps, f the minute, t where the host's time goes",
+        help="a exact counts, b kernels, c paired steps, f the minute, m memory by part, t where the host's"
+        " time goes",
     )
     parser.add_argument(
         "--mode", default="measure", choices=["measure", "check", "both"], help="check: scatter_add"

@@ -23,7 +23,7 @@ from gpuglass_vllm import records
 
 R = TypeVar("R")
 
-_ALWAYS = (records.ProbeState, records.PoolState, records.AllocatorState)
+_ALWAYS = (records.ProbeState, records.PoolState, records.AllocatorState, records.MemoryState)
 """Said even by an engine that does nothing."""
 
 

@@ -97,6 +97,23 @@ def make_model(shape: str, folder: Path) -> Path:
     return folder
 
 
+def deepseek_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a DeepSeek V2 or V3 model, by its configuration alone, less the bias of its routing."""
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rope, value = (config[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    queries = heads * (nope + rope)
+    low = config["q_lora_rank"]
+    query = hidden * queries if low is None else hidden * low + low + low * queries
+    attention = query + hidden * (rank + rope) + rank + rank * heads * (nope + value) + heads * value * hidden
+    expert = 3 * hidden * config["moe_intermediate_size"]
+    experts = hidden * config["n_routed_experts"]
+    experts += expert * (config["n_routed_experts"] + config["n_shared_experts"])
+    layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
+    body = layers * (attention + 2 * hidden) + (layers - dense) * experts
+    body += dense * 3 * hidden * config["intermediate_size"]
+    return int(2 * config["vocab_size"] * hidden + body + hidden)
+
+
 def _tokenizer() -> dict[str, Any]:
     """A tokenizer.json of byte-pair encoding without merges."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

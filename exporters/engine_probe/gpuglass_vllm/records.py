@@ -445,6 +445,24 @@ class AllocatorState(_Record, tag="allocator", frozen=True, kw_only=True):
 
 class OutOfMemory(_Record, tag="out_of_memory", frozen=True, kw_only=True):
     """Event of a worker: an allocation failed while this batch ran."""
+class MemoryState(_Record, tag="memory", frozen=True, kw_only=True):
+    """State of a worker: what its device memory is for, in bytes; -1: unknown. The parts lie inside of what
+    the allocator reserved (`AllocatorState`), where there is one."""
+
+    at: int
+    weights: int = -1
+    kv_cache: int = -1
+    graphs: int = -1
+    """What the private pools of captured graphs have from the driver."""
+    graph_tensors: int = -1
+    """Part of `graphs` that is allocated."""
+    activation_peak: int = -1
+    """What the engine found that its largest batch needs beside the rest. Not a part: it comes and goes."""
+    asleep: list[str] = []
+    """weights, kv_cache, graphs: parts that the engine has taken off the device for now, though its allocator
+    goes on counting them."""
+
+
 
     at: int
     requested: int = 0
@@ -646,6 +664,7 @@ Record = (
     | AllocatorState
     | OutOfMemory
     | StepSample
+    | MemoryState
     | PrefillChunks
     | StepKernels
     | CudaProcess

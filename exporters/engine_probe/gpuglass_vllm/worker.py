@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gpuglass_vllm import allocator, hooks, identity, marks, records, settings
+from gpuglass_vllm import allocator, hooks, identity, marks, memory, records, settings
 from gpuglass_vllm.attribution import Batch, Ledger, Step
 from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Counts, Experts, HostCounts, Layout, Routing
 from gpuglass_vllm.gpu_anchor import Anchors
@@ -77,6 +77,7 @@ def _attach(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     """The worker exists and is about to get its device: observe its class."""
     worker = wrapper.worker
     EXPERTS.activate()
+    memory.watch_loading()
     if getattr(worker, _PROBE, None) is None:
         setattr(worker, _PROBE, Probe(worker))
         _wrap_methods(type(worker))
@@ -121,6 +122,7 @@ class Probe:
         self.anchors: Anchors | None = None
         """Used by the link's thread."""
         self.kernels: KernelSampler | None = None
+        self.memory: memory.Memory | None = None
         self.tenants = OpenTenants()
         """Used by the engine's thread."""
         self.tid = 0
@@ -172,6 +174,7 @@ class Probe:
                 _watch_replays(self)
             self._place_on_host_clock()
             self._profile_kernels()
+            self.memory = memory.Memory(self.worker, self.on_cuda)
             self.link = Link(ROLE, WorkerSource(self))
             self.link.start()
         if self.experts is not None:
@@ -570,6 +573,8 @@ class WorkerSource:
             state = ALLOCATOR.guard(self._allocator_state, at)
             if state is not None:
                 result.append(state)
+        if probe.memory is not None:
+            result += probe.memory.states(at, everything)
         return result
 
     @staticmethod

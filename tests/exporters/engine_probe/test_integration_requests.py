@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tests.support.load import (
 )
 from tests.support.probe_receiver import ProbeReceiver, running_receiver
 from tests.support.vllm import BLOCK_TOKENS, KV_BLOCKS
+from tests.support.vllm_models import deepseek_parameters
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
 
@@ -57,7 +60,9 @@ def _blocks(number_of_tokens: int) -> int:
     return -(-number_of_tokens // BLOCK_TOKENS)
 
 
-def test_each_process_says_who_it_is_and_what_it_can_see(probed: Probed, receiver: ProbeReceiver) -> None:
+def test_each_process_says_who_it_is_and_what_it_can_see(
+    probed: Probed, receiver: ProbeReceiver, deepseek: Path
+) -> None:
     said = {hello.role: (pid, hello) for pid, hello in receiver.hellos}
     assert {role: [pid] for role, (pid, _) in said.items()} == {
         role: probed.server.pids(role) for role in ("frontend", "core", "worker")
@@ -74,11 +79,18 @@ def test_each_process_says_who_it_is_and_what_it_can_see(probed: Probed, receive
     assert experts is not None and (experts.layers, experts.experts, experts.top_k) == ([1, 2], 8, TOP_K)
     states = {c.hook: c.state for hello in hellos.values() for c in hello.capabilities}
     blind = {hook for hook, state in states.items() if state != "active"}
-    # A CPU engine has no CUDA allocator and no device with a clock, and vLLM switches prefix caching off for
-    # this model on a CPU. Nobody asked for kernels.
-    assert blind == {"worker.allocator", "worker.anchors", "worker.kernels", "core.evictions"}
+    # A CPU engine has no CUDA allocator, no graphs and no device with a clock, and vLLM switches prefix
+    # caching off for this model on a CPU. Nobody asked for kernels.
+    on_cuda_only = {"worker.allocator", "worker.memory_graphs", "worker.memory_activations"}
+    assert blind == {*on_cuda_only, "worker.anchors", "worker.kernels", "core.evictions"}
     assert states["worker.kernels"] == "disabled"
     assert len(states) >= 15
+    memory = receiver.wait(lambda: receiver.of(records.MemoryState), "what the worker's memory is for")[-1]
+    config = json.loads((deepseek / "config.json").read_text())
+    assert memory.weights == pytest.approx(deepseek_parameters(config) * 2, rel=0.01)
+    assert memory.kv_cache == KV_BLOCKS * pool.block_bytes
+    assert (memory.graphs, memory.graph_tensors, memory.activation_peak) == (-1, -1, -1), "unknown, not 0"
+    assert memory.asleep == []
 
 
 def test_a_request_is_told_from_start_to_end(probed: Probed, receiver: ProbeReceiver) -> None:

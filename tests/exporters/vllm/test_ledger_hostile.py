@@ -195,6 +195,7 @@ def told_all() -> World:
         records.ExpertSums(first=0, counts=b"\1\0\0\0" * 8, counted_tokens=4, seen_tokens=8),
         records.HotExperts(at=world.now, tenants=["acme"], layers=[0], experts=[1], counts=[[1]]),
         records.AllocatorState(at=1, allocated=1, active=1, reserved=2, inactive_split=1),
+        records.MemoryState(at=1, weights=1, activation_peak=1),
         records.OutOfMemory(at=world.now, request_ids=[name]),
     )
     world.tell(
