@@ -64,7 +64,7 @@ class Torch:
 
     def live(self, seconds: float, leaked_mib: float, every: float) -> float:
         """Give out and take back tensors of many sizes, and keep one each `every` seconds; MiB kept."""
-        until, due, kept, sizes = time.monotonic() + seconds, time.monotonic(), 0.0, (1, 3, 9, 24, 60)
+        until, due, kept, sizes = time.monotonic() + seconds, time.monotonic(), 0.0, (1, 3, 6, 9, 15)
         turn = 0
         while time.monotonic() < until:
             turn += 1

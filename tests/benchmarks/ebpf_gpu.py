@@ -9,11 +9,12 @@ says in a second what is missing.
 
 Each part runs torch in a process of its own, with the tracer beside it and the agent's receiver in this
 process; what the ledger holds, plus what the driver listed beyond it when only the context was there, is
-compared with what NVML lists for the process. Parts: the plain allocator; expandable segments; an induced
-out-of-memory; a real leak beside a healthy process, of which each second is told to the verdict as twelve;
-PyTorch's static probes; allocations and a training step by turns with and without the tracer; a vLLM from its
-start to the end of its load. A part that fails or takes too long is named with its reason, and the others go
-on. Progress goes to standard error; ends with one JSON line."""
+compared with what NVML lists for the process. Parts: expandable segments and an out-of-memory in them, which
+takes the whole GPU, so that nothing runs beside it; the plain allocator; a real leak beside a healthy
+process, of which each second is told to the verdict as twelve; PyTorch's static probes; allocations and a
+training step by turns with and without the tracer; a vLLM from its start to the end of its load. A part that
+fails or takes too long is named with its reason, and the others go on. Progress goes to standard error; ends
+with one JSON line."""
 
 from __future__ import annotations
 
@@ -192,7 +193,8 @@ def plain(bench: Bench) -> dict[str, float]:
 
 def expandable(bench: Bench) -> dict[str, float]:
     """Expandable segments, then an induced out-of-memory in them."""
-    child = bench.child(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
+    expand = "expandable_segments:True"  # named anew in PyTorch 2.9
+    child = bench.child(PYTORCH_CUDA_ALLOC_CONF=expand, PYTORCH_ALLOC_CONF=expand)
     off, baseline = steps(bench, child)
     tracer = bench.trace()
     child.do("grow", *((64, 20) if bench.device == "cuda" else (1, 1)))
@@ -224,6 +226,10 @@ def tensors(bench: Bench) -> dict[str, float]:
     for mib, pieces in ((5, 30), (0.25, 400)):
         child.do("grow", mib, pieces)
         time.sleep(SETTLED)
+        if bench.device == "cuda":  # its libraries are looked at every two seconds
+            tracer.wait(
+                lambda: tracer.samples("gpuglass_cuda_tensor_bytes", pid=str(child.pid)), "tensors told", 15
+            )
         told = sum(tracer.samples("gpuglass_cuda_tensor_bytes", pid=str(child.pid)))
         actual = child.do("tensors")
         say(f"tensors: probes {told / MIB:.2f}, PyTorch {actual / MIB:.2f} MiB")
@@ -312,9 +318,9 @@ def vllm(bench: Bench) -> dict[str, float]:
 
 
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, float]], float]] = {
-    "begin_leak": (begin_leak, 60),
+    "expandable": (expandable, 60),
+    "begin_leak": (begin_leak, 45),
     "plain": (plain, 45),
-    "expandable": (expandable, 50),
     "end_leak": (end_leak, 105),
     "tensors": (tensors, 60),
     "cost": (cost, 75),
@@ -395,9 +401,6 @@ def main() -> int:
     parser.add_argument("--preflight", action="store_true", help="only say what is missing here")
     parser.add_argument("--cpu", action="store_true", help="try the script without a GPU; no figure counts")
     arguments = parser.parse_args()
-    if not (arguments.cpu or os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
-        say("no NVIDIA GPU: nothing is measured")
-        return finish("ebpf_gpu", {}, {})
     names = arguments.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
@@ -407,6 +410,9 @@ def main() -> int:
     if arguments.preflight:
         say("nothing is missing" if not lacking else f"{len(lacking)} things are missing")
         return int(bool(lacking))
+    if not (arguments.cpu or os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
+        say("no NVIDIA GPU: nothing is measured")
+        return finish("ebpf_gpu", {}, {})
     folder = tempfile.mkdtemp()
     socket = f"{folder}/agent.sock"
     figures: dict[str, float] = {}
