@@ -25,9 +25,9 @@ from gpuglass_vllm.tenants import TenantTable
 logger = logging.getLogger("gpuglass_vllm")
 
 SEE_EVERY_NS = 240_000_000
-"""A round through the running requests starts so often."""
-_MANY = 64
-"""Running requests above which a round starts half as often."""
+"""The pool is looked at so often; a round through the running requests starts as often, if they are few."""
+_MANY = 16
+"""Running requests above which a round starts half as often; above four times as many, a quarter as often."""
 _SLICE = 4
 """Running requests looked at per step, or a part of them if they are many: no step shall be longer for it."""
 _STEPS = 32
@@ -119,9 +119,12 @@ class CoreProbe:
         self._eviction_seconds = 0.0
         self._freed: dict[int, int] = {}
         self._round: Iterator[None] | None = None
+        self._next_round = 0
+        self._next_pool = 0
         self.next_look = 0
-        """When running requests are to be looked at; 0: in this step."""
-        self._round_start = 0
+        """When the pool or running requests are to be looked at; 0: in this step."""
+        self._waste = -1
+        """Unused places at the end of block lists, as of the last round; negative: cannot be told."""
         self._pool_state: records.PoolState | None = None
         self._pool_sent: records.PoolState | None = None
         self._cached = (0, 0)
@@ -228,6 +231,7 @@ class CoreProbe:
         self._changed.pop(request.request_id, None)
         if self._kv.on and self.pool is not None:
             self._kv.guard(self._last_look, opened, now)
+        opened.running = False
         output = len(request.output_token_ids)
         computed = int(request.num_computed_tokens)
         if output and opened.first_token_ns < 0:
@@ -290,41 +294,46 @@ class CoreProbe:
         self._scheduled(opened, now)
 
     def _look(self, now: int) -> None:
-        """Look at some running requests; a round over all of them ends with the pool's own state."""
-        if self._round is None:
-            self._round_start = now
+        """Look at the pool, or at some running requests."""
+        if self._round is None and now >= self._next_round:
+            many = len(self._running)
+            self._next_round = now + SEE_EVERY_NS * (1 if many <= _MANY else 2 if many <= 4 * _MANY else 4)
             self._round = self._look_around()
-        self.next_look = 0
-        if next(self._round, self) is self:
+        if self._round is not None and next(self._round, self) is self:
             self._round = None
-            self.next_look = self._round_start + SEE_EVERY_NS * (2 if len(self._running) > _MANY else 1)
+        if now >= self._next_pool:
+            self._next_pool = now + SEE_EVERY_NS
+            self._note_pool()
+        self.next_look = min(self._next_pool, self._next_round) if self._round is None else 0
 
     def _look_around(self) -> Iterator[None]:
         memo: kv.Memo = {}
         waste = 0
-        pool = self.pool
-        running = list(self._running.items())
+        running = list(self._running.values())
         width = max(_SLICE, -(-len(running) // _STEPS))
         for begin in range(0, len(running), width):
             now = time.monotonic_ns()
             with self._tenants.lock:
-                for request_id, opened in running[begin : begin + width]:
-                    if request_id not in self._running:
-                        continue
-                    request = opened.request
-                    opened.computed_tokens = int(request.num_computed_tokens)
-                    self._changed[request_id] = opened
-                    self._count_output(opened, len(request.output_token_ids))
-                    if pool is not None and self._kv.on:
-                        self._see(opened, now, memo)
-                        if pool.one_group:
-                            places = pool.count(request_id) * pool.block_tokens
-                            waste += max(0, places - opened.computed_tokens)
+                for opened in running[begin : begin + width]:
+                    if opened.running:
+                        waste += self._look_at(opened, now, memo)
             if begin + width < len(running):
                 yield
-        self._note_pool(waste if pool is not None and pool.one_group else -1)
+        pool = self.pool
+        self._waste = waste if pool is not None and pool.one_group else -1
 
-    def _note_pool(self, waste: int) -> None:
+    def _look_at(self, opened: Open, now: int, memo: kv.Memo) -> int:
+        """Bring a running request up to now; unused places in its blocks. The tenants' lock is held."""
+        request, pool = opened.request, self.pool
+        opened.computed_tokens = computed = int(request.num_computed_tokens)
+        self._changed[request.request_id] = opened
+        self._count_output(opened, len(request.output_token_ids))
+        if pool is None or not self._kv.on:
+            return 0
+        self._see(opened, now, memo)
+        return max(0, pool.count(request.request_id) * pool.block_tokens - computed) if pool.one_group else 0
+
+    def _note_pool(self) -> None:
         scheduler = self._scheduler
         pool = self.pool
         if pool is None:
@@ -333,7 +342,7 @@ class CoreProbe:
             at=time.monotonic_ns(),
             used_blocks=pool.used(),
             cached_blocks=self._cached[1],
-            waste_tokens=waste,
+            waste_tokens=self._waste,
             running=len(scheduler.running),
             waiting=_waiting(scheduler),
         )
@@ -411,7 +420,8 @@ class CoreProbe:
         state = self._pool_state
         if not self._running and (state is None or state.running or now - state.at > _IDLE_NS):
             # No step comes that would say it.
-            self._kv.guard(self._note_pool, 0)
+            self._waste = min(self._waste, 0)
+            self._kv.guard(self._note_pool)
             state = self._pool_state
         if state is not None and (everything or state is not self._pool_sent):
             self._pool_sent = state

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpuglass_vllm import cuda_events
 from gpuglass_vllm.experts import TENANTS, Choices, Layout
 
 BLOCKS = (32, 256, 1024)
@@ -129,6 +130,7 @@ class DeviceCounts:
         """Takes about `TENANTS` × layers × experts × 12 bytes on the device. Raises what CUDA raises."""
         self._layout = layout
         self._device = device
+        self._record = cuda_events.recorder(device)
         shape = (TENANTS, len(layout.layers), layout.experts)
         self._buffers = [_Buffer(shape, device), _Buffer(shape, device)]
         self._current = self._buffers[0]
@@ -229,7 +231,7 @@ class DeviceCounts:
                 block,
                 size == 8,
             )
-        buffer.last.record()
+        self._record(buffer.last)
         buffer.used = True
         return True
 

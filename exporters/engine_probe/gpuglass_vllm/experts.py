@@ -40,6 +40,9 @@ INTERVAL = 2.0
 MAX_HELD_BYTES = 256 * 2**20
 """Bytes of `topk_ids` kept for captured graphs; graphs captured beyond that are not counted."""
 
+MAX_KNOWN = 1024
+"""Captured graphs, or rows of them, whose layers are looked at only once."""
+
 MAX_COUNTED = 2**30
 """Tokens counted between two copies: with no agent to tell, counting rests there, below 32 bits."""
 
@@ -68,8 +71,10 @@ class Choices:
 
     ids: list[Any]
     """`topk_ids` of each layer: [tokens or more, top_k]."""
-    key: tuple[int, ...]
+    key: tuple[int, ...] = ()
     """Names the addresses if they will be the same in another step with this key; empty: they will not."""
+    rows: int = 0
+    """Tokens that each layer has room for."""
 
 
 class Routing:
@@ -84,6 +89,7 @@ class Routing:
         self.held_bytes = 0
         self.incomplete = 0
         """Steps that could not be counted since the process began."""
+        self._known: dict[tuple[int, ...], Choices] = {}
         self._live = False
         self._eager: dict[int, Any] = {}
         self._replayed: list[Held] = []
@@ -133,21 +139,26 @@ class Routing:
         self._live = False
         found, replayed = self._eager, self._replayed
         self._eager, self._replayed = {}, []
-        key: tuple[int, ...] = ()
-        if not found:
-            key = tuple(held.serial for held in replayed)
-        for held in replayed:
-            found.update(held.ids)
-        layers = len(self.layout.layers)
-        if len(found) != layers:
+        key = () if found else tuple([held.serial for held in replayed])
+        known = self._known.get(key) if key else None
+        if known is None:
+            for held in replayed:
+                found.update(held.ids)
+            known = self._complete(found, key)
+            if known is not None and key and len(self._known) < MAX_KNOWN:
+                self._known[key] = known
+        if known is None or known.rows < tokens:
             self.incomplete += 1
             return None
-        ids = [found[index] for index in range(layers)]
-        for tensor in ids:
-            if tensor.ndim != 2 or tensor.shape[0] < tokens or tensor.shape[1] != self.layout.top_k:
-                self.incomplete += 1
-                return None
-        return Choices(ids, key)
+        return known
+
+    def _complete(self, found: dict[int, Any], key: tuple[int, ...]) -> Choices | None:
+        if len(found) != len(self.layout.layers):
+            return None
+        ids = [found[index] for index in range(len(found))]
+        if any(tensor.ndim != 2 or tensor.shape[1] != self.layout.top_k for tensor in ids):
+            return None
+        return Choices(ids, key, min(tensor.shape[0] for tensor in ids))
 
     def drop(self) -> None:
         """The step failed or is over: let go of its tensors."""

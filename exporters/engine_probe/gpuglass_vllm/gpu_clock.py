@@ -8,8 +8,8 @@ An event costs the host some ten microseconds, so there are as few as possible. 
 host, a step begins where the one before ended, and one event per step is enough. If the device has passed the
 last step's end when a step begins, or when its first captured graph is about to be launched, it waits for
 the host: another event is recorded there, and the time up to it counts as idle (with the few copies of the
-preparation that ran then). What the host could not feed inside an eager forward pass cannot be told and
-counts as busy.
+preparation that ran then), as does the time that the host takes to launch the graph. What the host could not
+feed inside an eager forward pass cannot be told and counts as busy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ Tag = TypeVar("Tag")
 
 _AT_ONCE = 16
 """Steps whose passing is asked for with one query."""
+
+STEADY = 4
+"""Steps in a row that begin while the device is still busy; from then on one step in so many is looked at."""
+SLOWER = 1.1
+"""... and whenever the host takes so much longer than before from one step to the next."""
 
 MAX_OUTSTANDING = 1024
 """Steps whose end the device has not passed; more are not timed (their time goes to unattributed)."""
@@ -56,6 +61,8 @@ class _Entry(msgspec.Struct):
     forwarded: bool = False
     begin: Any = None
     """An event where it begins, if that is not where the step before ended."""
+    launch_ns: int = 0
+    """How long the device waited behind `begin` until its graph was launched."""
     end: Any = None
 
 
@@ -88,6 +95,13 @@ class EventClock(Generic[Tag]):
         self._last_end: Event | None = None
         """End of the last step that was delivered."""
         self._missed = False
+        self._behind = 0
+        """Steps in a row for which the device did not wait."""
+        self._forward_ns = 0
+        self._pace_ns = 0
+        """From one forward pass to the next, when it was last seen that the device did not wait."""
+        self._launching = 0
+        """Since when a graph is being launched that the device waits for (ns); 0: none is."""
         self.span: tuple[Event, Event] | None = None
         """Begin and end of the step that is being delivered; only then they are still its own."""
         self.untimed = 0
@@ -115,8 +129,12 @@ class EventClock(Generic[Tag]):
                 entry.begin = self._recorded()
         return True
 
-    def forward(self) -> None:
-        """A captured graph of the step is about to be launched; only the first one tells something."""
+    def forward(self, now: int = 0) -> None:
+        """A captured graph of the step is about to be launched; only the first one tells something.
+
+        `now` is the host's time (ns). While the device is behind and the host keeps its pace, it is looked
+        only at some steps whether the device waits: it can only wait where the host was slower than before.
+        """
         entry = self._open
         if entry is None or entry.forwarded:
             return
@@ -126,8 +144,28 @@ class EventClock(Generic[Tag]):
         if begin is not None:
             if self._query(begin):
                 self._record(begin)
-        elif newest is None or entry.gap or self._query(newest):
+                self._launching = time.monotonic_ns()
+            return
+        pause, self._forward_ns = now - self._forward_ns, now
+        if newest is None or entry.gap:
             entry.begin = self._recorded()
+        elif self._behind >= STEADY and self._behind % STEADY and pause < self._pace_ns * SLOWER:
+            self._behind += 1
+        elif self._query(newest):
+            entry.begin = self._recorded()
+            self._launching = time.monotonic_ns()
+            self._behind = 0
+        else:
+            self._behind += 1
+            self._pace_ns = pause
+
+    def launched(self) -> None:
+        """The graph is launched: a device that waited for it has it from now on."""
+        if self._launching:
+            entry, since = self._open, self._launching
+            self._launching = 0
+            if entry is not None:
+                entry.launch_ns = time.monotonic_ns() - since
 
     def pause(self) -> None:
         """The forward pass is queued; sampling follows."""
@@ -195,9 +233,10 @@ class EventClock(Generic[Tag]):
             if entry.unseen:  # the graph that was sure to follow did not: how long it waited is not known
                 busy, unknown = 0.0, busy
         else:
-            busy = _ns(begin, end)
+            launch = min(float(entry.launch_ns), _ns(begin, end))
+            busy = _ns(begin, end) - launch
             if before is not None:
-                pause = _ns(before, begin)
+                pause = _ns(before, begin) + launch
                 idle, unknown = (0.0, pause) if entry.gap else (pause, 0.0)
         self._last_end = end
         first = begin or before
@@ -251,8 +290,11 @@ class WallClock(Generic[Tag]):
         self._begun = self._since = self._now()
         return True
 
-    def forward(self) -> None:
+    def forward(self, now: int = 0) -> None:
         """Has no meaning here: the host itself computes."""
+
+    def launched(self) -> None:
+        """Nor has this."""
 
     def pause(self) -> None:
         """The host leaves the step for a while."""

@@ -89,6 +89,9 @@ class PoolReader:
 
     def held(self, request_id: str, memo: Memo) -> float:
         """Blocks that a request holds, shared ones divided."""
+        if self.one_group:  # most models
+            blocks = self._tables[0].get(request_id)
+            return weight(blocks, memo) if blocks else 0.0
         total = 0.0
         for table in self._tables:
             blocks = table.get(request_id)
@@ -98,6 +101,8 @@ class PoolReader:
 
     def count(self, request_id: str) -> int:
         """Places in a request's block lists, shared or not."""
+        if self.one_group:
+            return len(self._tables[0].get(request_id, ()))
         return sum(len(table.get(request_id, ())) for table in self._tables)
 
     def lists(self, request_id: str) -> list[Sequence[Block]]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gpuglass_vllm import allocator, hooks, identity, marks, memory, records, settings
+from gpuglass_vllm import allocator, cuda_events, hooks, identity, marks, memory, records, settings
 from gpuglass_vllm.attribution import Batch, Ledger, Step
 from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Counts, Experts, HostCounts, Layout, Routing
 from gpuglass_vllm.gpu_anchor import Anchors
@@ -226,14 +226,9 @@ class Probe:
     def _new_clock(self) -> EventClock[Noted] | WallClock[Noted]:
         if not self.on_cuda:
             return WallClock()
-        import torch
-
         try:
-            return EventClock(
-                lambda: torch.cuda.Event(enable_timing=True),
-                _recorder(self.worker.device),
-                _event_base().query,
-            )
+            record = cuda_events.recorder(self.worker.device)
+            return EventClock(cuda_events.new_event, record, cuda_events.query())
         except Exception as error:
             logger.warning("steps are timed by the host's clock, CUDA events cannot be had: %r", error)
             return WallClock()
@@ -713,34 +708,6 @@ _probe_of_graphs: Probe | None = None
 """The process's worker; graphs do not know theirs."""
 
 
-def _event_base() -> Any:
-    """The class of events in C: a method of torch's own class in Python calls it."""
-    import torch
-
-    return getattr(torch._C, "_CudaEventBase", torch.cuda.Event)
-
-
-def _recorder(device: Any) -> Callable[[Any], None]:
-    """Puts an event on the current stream of the calling thread; torch's own look-up costs more than the
-    event."""
-    import torch
-
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    current_handle = torch._C._cuda_getCurrentRawStream
-    stream = torch.cuda.current_stream(index)
-    handle = current_handle(index)
-    put = _event_base().record
-
-    def record(event: Any) -> None:
-        nonlocal stream, handle
-        now = current_handle(index)
-        if now != handle:
-            stream, handle = torch.cuda.current_stream(index), now
-        put(event, stream)
-
-    return record
-
-
 def _anchors(device: Any) -> Anchors:
     """Anchors on a stream of their own; the first one is taken at once."""
     import torch
@@ -751,7 +718,7 @@ def _anchors(device: Any) -> Anchors:
         event.record(stream)
         event.synchronize()
 
-    anchors = Anchors(lambda: torch.cuda.Event(enable_timing=True), pass_event)
+    anchors = Anchors(cuda_events.new_event, pass_event)
     anchors.refresh()
     return anchors
 
@@ -770,13 +737,18 @@ def _watch_replays(probe: Probe) -> None:
             return
         current.replays += 1
         if current.replays == 1:
-            current.clock.forward()
+            current.clock.forward(time.monotonic_ns())
         if current.chosen and current.experts is not None:
             held = getattr(graph, _HELD, None)
             if held is not None:
                 current.experts.routing.replayed(held)
 
-    hooks.wrap(torch.cuda.CUDAGraph, "replay", STEPS, before=replay)
+    def replayed(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
+        current = _probe_of_graphs
+        if current is not None and current.replays == 1:
+            current.clock.launched()
+
+    hooks.wrap(torch.cuda.CUDAGraph, "replay", STEPS, before=replay, after=replayed)
 
 
 def _watch_graphs(probe: Probe) -> None:

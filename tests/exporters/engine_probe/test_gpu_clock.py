@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from gpuglass_vllm import gpu_clock
 from gpuglass_vllm.gpu_clock import EventClock, WallClock
 
 
@@ -314,3 +315,61 @@ def test_while_a_step_is_delivered_its_events_are_its_own() -> None:
     assert [end - begin for _, begin, end, _ in found] == pytest.approx([busy for *_, busy in found])
     assert all(later[1] >= earlier[2] for earlier, later in pairwise(found))
     assert clock.span is None
+
+
+def paced(
+    clock: EventClock[str], device: Device, host_ms: float, work_ms: float, launch_ms: float = 0
+) -> None:
+    """A step whose forward pass is one graph."""
+    device.now += host_ms
+    clock.begin("s", graph=True)
+    clock.forward(int(device.now * 1e6))
+    device.now += launch_ms
+    clock.launched()
+    device.work(work_ms)
+    clock.end()
+
+
+def test_a_device_that_stays_behind_is_asked_now_and_then() -> None:
+    """The host is ahead by some steps and keeps its pace: one step in four is looked at."""
+    device = Device()
+    asked = [0]
+
+    def query(event: Event) -> bool:
+        asked[0] += 1
+        return event.query()
+
+    clock = EventClock[str](device.event, query=query)
+    device.work(50)
+    for _ in range(40):
+        paced(clock, device, 1, 1)
+    assert asked[0] == pytest.approx(4 + 36 / 4, abs=1)
+
+
+def test_a_host_that_slows_down_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step in which the device waits for the host is never one that is passed over."""
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    monkeypatch.setattr(gpu_clock.time, "monotonic_ns", lambda: int(device.now * 1e6))
+    device.work(3)
+    for _ in range(21):
+        paced(clock, device, 1, 1)
+    paced(clock, device, 9, 1)
+    device.now += 20
+    while clock.poll(seen):
+        pass
+    assert [idle for _, _, idle, _ in seen.steps if idle] == [pytest.approx(5, abs=1.01)]
+    assert sum(busy for _, busy, _, _ in seen.steps[1:]) == pytest.approx(21)
+
+
+def test_what_the_launch_takes_while_the_device_waits_is_idleness(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, seen = Device(), Seen()
+    clock = EventClock[str](device.event)
+    monkeypatch.setattr(gpu_clock.time, "monotonic_ns", lambda: int(device.now * 1e6))
+    for _ in range(3):
+        paced(clock, device, 10, 4, launch_ms=0.5)
+    device.now += 20
+    while clock.poll(seen):
+        pass
+    assert [busy for _, busy, _, _ in seen.steps][1:] == [4, 4], "of the first step nothing is known"
+    assert [idle for _, _, idle, _ in seen.steps][1:] == [6.5, 6.5]
