@@ -182,11 +182,6 @@ def _work() -> tuple[Visual, ...]:
 
 
 def _memory() -> tuple[Visual, ...]:
-    reserved = by("sum", "gpu_uuid", scoped(engine.ALLOCATOR_RESERVED))
-    active = by("sum", "gpu_uuid", scoped(engine.ALLOCATOR_ACTIVE))
-    allocated = by("sum", "gpu_uuid", scoped(engine.ALLOCATOR_ALLOCATED))
-    processes = by("sum", "gpu_uuid", scoped(gpu.PROCESS_MEMORY))
-    pool = _pool_by_gpu()
     return (
         timeseries(
             "Memory by process",
@@ -200,23 +195,14 @@ def _memory() -> tuple[Visual, ...]:
         ),
         timeseries(
             "Memory broken down",
-            "KV cache: the pool as the engine made it. Weights and tensors: live tensors without the pool"
-            " (weights, captured graphs' buffers, activations). In flight: freed, still used by the stream."
-            " Allocator's cache: reserved and not in use. Context and others: what processes hold beyond the"
-            " allocator (contexts, modules, NCCL, processes without a probe). Untracked: used, held by no"
-            " listed process. They add up to the memory used.",
-            Query(by("sum", "", pool), "KV cache"),
-            Query(by("sum", "", f"{allocated} - on (gpu_uuid) {pool}"), "weights and tensors"),
-            Query(by("sum", "", f"{active} - on (gpu_uuid) {allocated}"), "in flight"),
-            Query(by("sum", "", f"{reserved} - on (gpu_uuid) {active}"), "allocator's cache"),
-            Query(
-                by(
-                    "sum",
-                    "",
-                    f"{processes} - on (gpu_uuid) {reserved} or {processes} unless on (gpu_uuid) {reserved}",
-                ),
-                "context and others",
-            ),
+            "Weights, kv_cache. Graphs: the pools of captured CUDA graphs. Activations: live tensors that are"
+            " none of these, the engine's buffers too. In_flight: freed, still used by the stream."
+            " Allocator_cache: reserved and not in use; large: the allocator holds what it may never need."
+            " Unknown: live tensors that a probe cannot tell apart. Context and others: what processes hold"
+            " beyond the allocator (contexts, modules, NCCL, processes without a probe). Untracked: used,"
+            " held by no listed process. They add up to the memory used.",
+            Query(by("sum", "part", _parts_by_gpu()), "{{part}}"),
+            Query(by("sum", "", _beyond_allocators()), "context and others"),
             Query(by("sum", "", device(gpu.MEMORY_UNATTRIBUTED)), "untracked"),
             unit="bytes",
             stacked=True,
@@ -263,6 +249,37 @@ def _memory() -> tuple[Visual, ...]:
             steps=low_is_good(0.2, 0.4),
         ),
     )
+
+
+def _parts_by_gpu() -> str:
+    """Bytes of the allocators on each chosen GPU by part. Where a probe does not tell what its tensors are,
+    only the KV cache is known among them, from the engine's pool."""
+    told = by("sum", "gpu_uuid, part", scoped(engine.MEMORY))
+    pool = _pool_by_gpu()
+    allocated, active, reserved = (
+        by("sum", "gpu_uuid", scoped(family))
+        for family in (engine.ALLOCATOR_ALLOCATED, engine.ALLOCATOR_ACTIVE, engine.ALLOCATOR_RESERVED)
+    )
+    others = {
+        "kv_cache": pool,
+        "unknown": f"{allocated} - on (gpu_uuid) {pool}",
+        "in_flight": f"{active} - on (gpu_uuid) {allocated}",
+        "allocator_cache": f"{reserved} - on (gpu_uuid) {active}",
+    }
+    named = (f'label_replace({expr}, "part", "{part}", "", "")' for part, expr in others.items())
+    return f"{told} or ({' or '.join(named)}) unless on (gpu_uuid) {told}"
+
+
+def _beyond_allocators() -> str:
+    """Bytes on each chosen GPU that its processes hold and no probe's allocator has."""
+    processes = by("sum", "gpu_uuid", scoped(gpu.PROCESS_MEMORY))
+    told, reserved = (
+        by("sum", "gpu_uuid", scoped(family)) for family in (engine.MEMORY, engine.ALLOCATOR_RESERVED)
+    )
+    held = f"({told} or {reserved})"
+    # The driver's figure and the allocator's are not of the same moment.
+    beyond = f"clamp_min({processes} - on (gpu_uuid) {held}, 0)"
+    return f"{beyond} or {processes} unless on (gpu_uuid) {held}"
 
 
 def _pool_by_gpu() -> str:

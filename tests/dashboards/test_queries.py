@@ -17,6 +17,7 @@ from dashboards.evaluate import Client, Range, defaults_of, panels_of, requests,
 from dashboards.promql_scan import variables
 from dashboards.read import GENERATED
 from tests.dashboards.conftest import END, World
+from tests.support.fleet_values import MEMORY_PARTS
 
 EMPTY: dict[tuple[str, str], str] = {}
 """Panels that may be empty with this fleet, and why."""
@@ -113,6 +114,31 @@ def test_every_choice_of_the_maps_signal_shows_every_gpu(world: World) -> None:
         expected = {"KV cache used": serving, "SM activity": hopper}.get(choice["text"], everywhere)
         assert {series.labels["gpu_uuid"] for series in answer} == expected, choice["text"]
         assert all(0 <= value <= 1 for series in answer for _, value in series.points), choice["text"]
+
+
+@pytest.mark.parametrize("use", ["engine", "job", "idle"])
+def test_memory_broken_down_adds_up_to_the_memory_used(world: World, use: str) -> None:
+    """Whether the engine's probe tells all parts, an older one tells some, or there is none."""
+    data = dashboards()[links.GPU]
+    (panel,) = [panel for panel in panels_of(data) if panel["title"] == "Memory broken down"]
+    client, time = Client(world.prometheus.url), span(data)
+    seen = set()
+    for one in (one for one in world.fleet.gpus if one.use == use):
+        asked = requests(panel, time, defaults_of(data) | {"gpu_uuid": one.uuid})
+        answers = [(series, request.ref) for request in asked for series in client.ask(request, time)]
+        parts = {series.labels.get("part", ref): dict(series.points) for series, ref in answers}
+        seen.add(frozenset(parts))
+        selector = f'gpuglass_gpu_memory_used_bytes{{gpu_uuid="{one.uuid}"}}'
+        for at in next(iter(parts.values())):
+            (used,) = world.prometheus.query(selector, at)
+            values = [points[at] for points in parts.values()]
+            assert min(values) >= 0
+            assert sum(values) == pytest.approx(used.value), (one.pod, at, parts.keys())
+    engines = {
+        frozenset({*MEMORY_PARTS, "B", "C"}),
+        frozenset({"kv_cache", "unknown", "in_flight", "allocator_cache", "B", "C"}),
+    }
+    assert seen == {"engine": engines, "job": {frozenset("BC")}, "idle": {frozenset("C")}}[use]
 
 
 def test_variables_have_values(world: World) -> None:

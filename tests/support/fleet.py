@@ -30,6 +30,7 @@ from tests.support.fleet_values import (
     PRICES,
     RANGES,
     RATES,
+    RESERVED,
     SPECIAL,
     TENANTS,
     VLLM_BOUNDS,
@@ -40,6 +41,8 @@ FloatArray = NDArray[np.float64]
 Labels = dict[str, str]
 
 DAY = 86_400.0
+OLDER_PROBE = "chat-1"
+"""The engine whose probe does not tell what its tensors are."""
 _GRID = 60.0
 """Seconds between the points at which counters are integrated."""
 
@@ -166,6 +169,11 @@ class Fleet:
             values = np.array([0.5 if own["gpu_uuid"] in idle else 74.0 for own in labels]) * GIB + 0 * shape
         elif name == gpu.MEMORY_FREE.name:
             values = 6 * GIB + 0 * shape
+        elif name == gpu.MEMORY_UNATTRIBUTED.name:
+            idle = {one.uuid for one in self.gpus if one.use == "idle"}
+            values = np.array([0.5 if own["gpu_uuid"] in idle else 1.0 for own in labels]) * GIB + 0 * shape
+        elif name == engine.MEMORY.name:
+            values = _parts_of_memory(labels, times)
         elif name == gpu.PROCESS_MEMORY.name:
             values = 73 * GIB + 0 * shape
         elif name == engine.FRAGMENTATION.name:
@@ -269,6 +277,8 @@ class Fleet:
                 yield own | roles | gpu_label, 1.0
         elif "model_name" in names and "rank" in names:
             for engine_labels, members in self._engines():
+                if family in (engine.MEMORY, engine.ACTIVATION_PEAK) and members[0].pod == OLDER_PROBE:
+                    continue
                 for member in members:
                     yield (
                         engine_labels | self._target(member) | {"rank": member.rank, "gpu_uuid": member.uuid},
@@ -379,6 +389,26 @@ class Fleet:
 
 def _process(one: Gpu) -> str:
     return "python" if one.use == "job" else "VLLM::Worker"
+
+
+def _parts_of_memory(labels: Sequence[Labels], times: FloatArray) -> FloatArray:
+    """Parts that add up to what is reserved: activations come and go, what they leave is cached. An engine
+    of two ranks has half of its KV cache on each."""
+    columns = []
+    for own in labels:
+        worker = {name: value for name, value in own.items() if name != "part"}
+        busy = load(times, np.array([_hash(sorted(worker.items()))]))[:, 0]
+        kv_cache = (30 if own["workload_pod"].startswith("serve") else 60) * GIB + 0 * busy
+        parts: dict[str, FloatArray] = {
+            "weights": 62 * GIB - kv_cache,
+            "kv_cache": kv_cache,
+            "graphs": 1.5 * GIB + 0 * busy,
+            "activations": (0.5 + 4 * busy) * GIB,
+            "in_flight": 0.5 * GIB * busy,
+        }
+        parts["allocator_cache"] = RESERVED - np.sum(list(parts.values()), axis=0)
+        columns.append(parts[own["part"]])
+    return np.column_stack(columns)
 
 
 def _hash(value: Any) -> float:

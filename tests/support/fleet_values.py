@@ -36,6 +36,9 @@ VLLM_BOUNDS = (
 LAYERS = tuple(str(number) for number in range(8))
 EXPERTS = tuple(str(number) for number in range(16))
 GIB = float(1 << 30)
+RESERVED = 72 * GIB
+"""Of each allocator; its parts add up to it."""
+MEMORY_PARTS = ("weights", "kv_cache", "graphs", "activations", "in_flight", "allocator_cache")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "source": ("nvml",),
@@ -110,6 +113,7 @@ SPECIAL: dict[str, dict[str, tuple[str, ...]]] = {
     engine.PREEMPTIONS.name: {"cause": ("kv_full",)},
     engine.WASTED.name: {"reason": ("recompute", "abort", "error")},
     engine.UNTRACKED.name: {"reason": ("limit",)},
+    engine.MEMORY.name: {"part": MEMORY_PARTS},
     engine.INFO.name: {"engine_name": ("vllm",), "engine_version": ("0.32.0",)},
     cuda.LEAK_STATE.name: {"state": ("suspected",), "why": ("",)},
     cuda.EVENT_BYTES.name: {"reason": ("large",)},
@@ -153,7 +157,6 @@ RANGES: dict[str, tuple[float, float]] = {
     gpu.COLLECTOR_SUCCESS.name: (1, 1),
     gpu.MEMORY_TOTAL.name: (80 * GIB, 80 * GIB),
     gpu.MEMORY_RESERVED.name: (0.5 * GIB, 0.5 * GIB),
-    gpu.MEMORY_UNATTRIBUTED.name: (0.2 * GIB, 0.3 * GIB),
     gpu.POWER.name: (70, 640),
     gpu.POWER_LIMIT.name: (700, 700),
     gpu.TEMPERATURE.name: (35, 78),
@@ -185,9 +188,10 @@ RANGES: dict[str, tuple[float, float]] = {
     engine.EXPERT_HOTTEST.name: (0, 15),
     engine.EXPERT_HOTTEST_SHARE.name: (0.08, 0.2),
     engine.EXPERT_COUNTED.name: (1, 1),
-    engine.ALLOCATOR_ALLOCATED.name: (68 * GIB, 70 * GIB),
-    engine.ALLOCATOR_ACTIVE.name: (70 * GIB, 71 * GIB),
-    engine.ALLOCATOR_RESERVED.name: (72 * GIB, 73 * GIB),
+    engine.ALLOCATOR_ALLOCATED.name: (65 * GIB, 68 * GIB),
+    engine.ALLOCATOR_ACTIVE.name: (68 * GIB, 69 * GIB),
+    engine.ALLOCATOR_RESERVED.name: (RESERVED, RESERVED),
+    engine.ACTIVATION_PEAK.name: (4.5 * GIB, 4.5 * GIB),
     engine.ALLOCATOR_INACTIVE_SPLIT.name: (1 * GIB, 9 * GIB),
     engine.FRAGMENTATION.name: (0.03, 0.25),
     engine.TENANTS.name: (4, 4),

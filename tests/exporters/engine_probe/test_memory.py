@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpuglass_vllm import hooks, memory, settings
+from gpuglass_vllm import memory, settings
 from gpuglass_vllm.memory import UNKNOWN, Memory, NotTold, graph_pools
 
 HOOKS = (memory.WEIGHTS, memory.KV_CACHE, memory.GRAPHS, memory.ACTIVATIONS)
@@ -201,7 +201,7 @@ def test_an_injected_fault_leaves_a_part_unknown(
     torch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faulty = settings.Settings(fault=frozenset({"worker.memory_kv_cache"}))
-    monkeypatch.setattr(hooks.settings, "current", lambda: faulty)
+    monkeypatch.setattr(settings, "current", lambda: faulty)
     state = Memory(worker(), True).state(1)
     assert (state.weights, state.kv_cache) == (910, UNKNOWN)
     assert memory.KV_CACHE.state == "unavailable" and memory.KV_CACHE.errors == 1
