@@ -67,12 +67,12 @@ def write(
     text.unlink()
 
 
-def daily(series: int, times: FloatArray, seed: int = 1, noise: float = 0.1) -> FloatArray:
-    """Loads with a shape of the day, of the week and noise, shape (times, series)."""
+def daily(series: int, times: FloatArray, seed: int = 1, noise: float = 0.1, week: float = 0.1) -> FloatArray:
+    """Loads with a shape of the day, of the week (`week` is its share) and noise, shape (times, series)."""
     generator = np.random.default_rng(seed)
     level = generator.uniform(20, 200, series)
     phase = generator.uniform(0, 2 * np.pi, series)
     hour = 2 * np.pi * times[:, None] / 86_400
-    shape = 1 + 0.4 * np.sin(hour + phase) + 0.1 * np.sin(hour / 7 + phase)
+    shape = 1 + 0.4 * np.sin(hour + phase) + week * np.sin(hour / 7 + phase)
     values: FloatArray = level * (shape + noise * generator.standard_normal((len(times), series)))
     return values
