@@ -427,9 +427,16 @@ def test_a_scrape_never_calls_the_driver_and_a_sample_does(tmp_path: Path) -> No
 
 def test_a_lost_gpu_is_seen_by_a_scraper(reloaded: RunningAgent) -> None:
     reloaded.rewrite(two_gpus().gpu(1, lost=1))
-    reloaded.wait(lambda: reloaded.value("gpuglass_gpu_up", gpu_uuid=uuid_of(1)) == 0, "a lost GPU")
-    assert reloaded.value("gpuglass_gpu_up", gpu_uuid=uuid_of(0)) == 1
-    assert len(reloaded.samples(POWER)) == 1
+
+    def seen() -> tuple[dict[str, float], set[str]]:
+        """Whether each GPU is up, and of which the power is told; of one scrape."""
+        samples = reloaded.samples()
+        up = {s.labels["gpu_uuid"]: s.value for s in samples if s.name == "gpuglass_gpu_up"}
+        return up, {s.labels["gpu_uuid"] for s in samples if s.name == POWER}
+
+    # A machine with much else to do may think for a moment that the other hangs.
+    expected = ({uuid_of(0): 1.0, uuid_of(1): 0.0}, {uuid_of(0)})
+    reloaded.wait(lambda: seen() == expected, "a lost GPU", 30)
 
 
 def test_it_uses_few_threads_and_files_after_many_scrapes(agent: RunningAgent) -> None:
