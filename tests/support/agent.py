@@ -32,8 +32,8 @@ START_SECONDS = 60
 STOP_SECONDS = 20
 
 FAST: Mapping[str, Any] = {"interval": 0.1, "slow_interval": 0.2, "retry_interval": 0.2, "hang_timeout": 2}
-"""GPU intervals that let a test see several samples within a second; a driver that a loaded machine makes slow
-does not hang yet."""
+"""GPU intervals that let a test see several samples within a second; a driver that is slow because much else
+runs does not hang yet."""
 
 _SERVING = re.compile(r"serving (http\S+)/metrics$", re.MULTILINE)
 _RELOADED = re.compile(r"^.* (configuration (?:not )?taken.*)$", re.MULTILINE)
