@@ -190,6 +190,12 @@ def fixed(ref: str, colour: str) -> dict[str, Any]:
     return {"matcher": {"id": "byFrameRefID", "options": ref}, "properties": properties}
 
 
+def coloured(name: str, colour: str) -> dict[str, Any]:
+    """An override: the series that the legend calls `name` in one colour."""
+    properties = [{"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}]
+    return {"matcher": {"id": "byName", "options": name}, "properties": properties}
+
+
 def timeseries(
     title: str,
     says: str,

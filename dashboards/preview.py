@@ -213,9 +213,11 @@ def _lines(axes: Axes, panel: Mapping[str, Any], answers: Answers, time: Range) 
             right = right or axes.twinx()
             of = right
         for series in many[:24]:
-            colour = own.get("color", {}).get("fixedColor", COLOURS[index % len(COLOURS)])
-            index += 1
             name = name_of(series, request.legend)
+            colour = (
+                overrides.get(name, own).get("color", {}).get("fixedColor", COLOURS[index % len(COLOURS)])
+            )
+            index += 1
             at = np.array([point[0] for point in series.points])
             value = np.array([point[1] for point in series.points])
             if stacked and request.step:

@@ -10,6 +10,7 @@ from dashboards.panels import (
     Query,
     Visual,
     buckets,
+    coloured,
     low_is_good,
     stat,
     timeline,
@@ -36,6 +37,18 @@ from recording_rules import records
 SECOND = "1s"
 POINTS = 600
 """Columns of panels that ask for seconds: ten minutes of them, longer ranges are coarser."""
+MEMORY_COLOURS = {
+    "weights": "#0072B2",
+    "kv_cache": "#E69F00",
+    "graphs": "#009E73",
+    "activations": "#CC79A7",
+    "in_flight": "#F0E442",
+    "allocator_cache": "#56B4E9",
+    "unknown": "#999999",
+    "context and others": "#D55E00",
+    "untracked": "#555555",
+}
+"""The same part has the same colour on every GPU, whichever parts there are."""
 PROCESS = "gpu_uuid, workload_namespace, workload_pod, process"
 PROCESS_NAME = "{{workload_pod}} {{process}}"
 _UP = (("1", "answers", "#0072B2"), ("0", "does not answer", "#D55E00"))
@@ -207,6 +220,7 @@ def _memory() -> tuple[Visual, ...]:
             unit="bytes",
             stacked=True,
             size=(16, 8),
+            overrides=[coloured(*part) for part in MEMORY_COLOURS.items()],
         ),
         timeseries(
             "SM time by process",
@@ -239,6 +253,16 @@ def _memory() -> tuple[Visual, ...]:
             },
             sort="Memory",
             size=(16, 8),
+        ),
+        timeseries(
+            "Activations and their peak",
+            "Live tensors of each worker that are neither weights nor KV cache nor graphs, and what the"
+            " engine found its largest batch to need when it started. Growing for hours, or far above the"
+            " peak: something in the engine keeps tensors; see CUDA memory.",
+            Query(scoped(engine.MEMORY, part="activations"), "{{model_name}} rank {{rank}}"),
+            Query(scoped(engine.ACTIVATION_PEAK), "{{model_name}} rank {{rank}}, peak"),
+            unit="bytes",
+            links=[to(links.CUDA_MEMORY, "CUDA memory of this GPU")],
         ),
         timeseries(
             "Fragmentation",
