@@ -54,6 +54,20 @@ def _exemplars(agent: RunningAgent, name: str) -> list[tuple[dict[str, str], Exe
     ]
 
 
+def test_what_a_workers_memory_is_for_is_in_the_metrics(agent: RunningAgent) -> None:
+    name = "gpuglass_engine_memory_bytes"
+    agent.wait(lambda: agent.samples(name), "parts of the memory", 60)
+    parts = {sample.labels["part"]: sample.value for sample in agent.samples(name)}
+    assert set(parts) == {"weights", "kv_cache"}, "a CPU engine has no graphs, and no allocator to divide"
+    # All ranks' blocks together, and the one that vLLM keeps for itself.
+    pool, blocks = agent.value("gpuglass_kv_pool_bytes"), agent.value("gpuglass_kv_pool_blocks")
+    assert pool and blocks and parts["kv_cache"] == pool * (blocks + 1) / blocks
+    assert 2**20 < parts["weights"] < 2**24
+    told = agent.samples("gpuglass_probe_capability")
+    reasons = {sample.labels["hook"]: sample.labels.get("reason") for sample in told}
+    assert reasons["worker.memory_graphs"] == "the engine runs on a CPU"
+
+
 def test_the_request_that_hogs_the_kv_cache_is_named(probed: Probed, agent: RunningAgent) -> None:
     replies: dict[str, Reply] = {}
 
