@@ -113,6 +113,8 @@ class EndedRequest:
     gpu_ns: float | None = None
     recompute_ns: float = 0.0
     lora: str = ""
+    caller_known: bool = True
+    """False: a frontend should have told who asked, and its word was lost."""
 
 
 class Listener(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class Span(NamedTuple):
     end_ns: int
     attributes: Attributes = ()
     events: tuple[Event, ...] = ()
-    links: tuple[Link, ...] = ()
+    links: Iterable[Link] = ()
     kind: Kind = Kind.INTERNAL
     error: str | None = None
     """What went wrong; None: nothing did."""
@@ -68,11 +69,13 @@ class Decision(StrEnum):
     UNSAMPLED = "unsampled"
     BUDGET = "budget"
     """A tail rule wanted it, and its budget was spent."""
+    UNKNOWN = "unknown"
+    """Whether its caller samples it, and in which trace, was never heard."""
 
     @property
     def keeps(self) -> bool:
         """Whether it is exported."""
-        return self not in (Decision.UNSAMPLED, Decision.BUDGET)
+        return self not in (Decision.UNSAMPLED, Decision.BUDGET, Decision.UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True)

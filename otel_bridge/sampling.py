@@ -46,6 +46,8 @@ class Sampler(Generic[T]):
     def decide(self, request: EndedRequest, identity: Identity, item: T) -> Decision | tuple[T | None]:
         """The decision on a request, or, where it waits to be among the slowest, the item that had to give
         way."""
+        if not request.caller_known:
+            return Decision.UNKNOWN
         if identity.follows_caller:
             return Decision.CALLER
         if identity.caller is not None and not self.config.ignore_unsampled:

@@ -31,7 +31,7 @@ from exporters.vllm.engines import (
     labels_of,
 )
 from exporters.vllm.experts import ExpertLoad, ExpertsRefused
-from exporters.vllm.requests import Counted, OpenRequest, Summary, counted
+from exporters.vllm.requests import Counted, OpenRequest, Summary, begin_ns, counted
 from exporters.vllm.sink import Refusal, Refused, Sender
 from exporters.vllm.tenants import TenantNames
 from gpuglass import exemplar as exemplars
@@ -51,6 +51,9 @@ GONE_NS = 5_000_000_000
 it."""
 ANSWERED_NS = 30_000_000_000
 """How long a request that a frontend is done with waits for the core, which may be inside a long step."""
+RETURN_NS = 10_000_000_000
+"""How long after the agent began to listen the processes of a server that was there before may take to come
+back, one by one: each tries every five seconds."""
 EXPIRE_NS = 900_000_000_000
 """How long a request without any news is kept."""
 RETIRE_NS = 600_000_000_000
@@ -63,6 +66,8 @@ _WORKLOAD = 3
 _SWEEP_NS = 5_000_000_000
 _OLDEST_S, _NEWEST_S = 3600.0, 5.0
 """How far before and after now a time may lie; an event may have waited, the rest is a wrong clock offset."""
+_ENTERS = "frontend.requests"
+"""Hook of a frontend that tells of each request, who asked for it."""
 _ANSWERS = "frontend.answers"
 """Hook of a frontend that counts ended requests; its core then does not (gpuglass_vllm)."""
 
@@ -110,6 +115,8 @@ class Ledger:
         self.tenants = TenantNames(self.settings.tenants, self.settings.quotas)
         self.told: Callable[[EndedRequest], None] | None = None
         """Hears of each request that has ended and is counted, with `lock` held."""
+        self.listening_since_ns = 0
+        """When the agent began to listen. 0: before any server did."""
         self._policy = policy if policy is not None else NameByRequest()
         self._wall = wall
         self._clock = clock
@@ -132,6 +139,7 @@ class Ledger:
             records.ExpertSums: self._experts,
             records.HotExperts: self._hot_experts,
             records.AllocatorState: self._allocator,
+            records.MemoryState: self._memory,
             records.OutOfMemory: self._out_of_memory,
         }
 
@@ -139,7 +147,6 @@ class Ledger:
         """Take other limits and quotas. Windows of experts that exist keep their length."""
         self.settings = settings
         self.tenants.raise_limit(settings.tenants)
-            records.MemoryState: self._memory,
         self.tenants.admit_first(settings.quotas)
 
     # Sink
@@ -421,6 +428,8 @@ class Ledger:
             if record.trace_id and not request.trace_id:
                 request.trace_id, request.span_id = record.trace_id, record.span_id
                 request.sampled = record.sampled
+            request.max_tokens = request.max_tokens or record.max_tokens
+            request.lora = request.lora or record.lora
             self._settle(server, request, now_ns)
 
     def _refused(self, sender: Sender, record: records.RequestRefused, now_ns: int) -> None:
@@ -522,22 +531,38 @@ class Ledger:
                 request.gpu_ended.add(rank)
                 self._settle(server, request, now_ns)
 
+    def finish(self) -> None:
+        """The agent stops: close the requests that both frontend and core are done with. What is known of the
+        others by halves is the next agent's."""
+        for server in self.servers.values():
+            for request in list(server.closing.values()):
+                if request.end is not None and not self._awaits_answer(server, request):
+                    self._close(server, request)
+
     def _settle(self, server: Server, request: OpenRequest, now_ns: int) -> None:
         """Close a request of which all is told, or set the time until which to wait for the rest."""
         if request.in_flight:
             return
-        if request.end is not None and self._is_complete(server, request):
+        until = 0
+        if begin_ns(request) < self.listening_since_ns:
+            # What is not connected yet may have a part of it to tell.
+            until = self.listening_since_ns + RETURN_NS
+        if request.end is not None and now_ns >= until and self._is_complete(server, request):
             self._close(server, request)
             return
         waits_for_core = request.end is None and any(engine.cores for engine in server.engines.values())
-        due = now_ns + (ANSWERED_NS if waits_for_core else GRACE_NS)
+        due = max(until, now_ns + (ANSWERED_NS if waits_for_core else GRACE_NS))
         request.due = due if request.due is None else min(request.due, due)
         server.closing[request.request_id] = request
 
     @staticmethod
-    def _is_complete(server: Server, request: OpenRequest) -> bool:
+    def _awaits_answer(server: Server, request: OpenRequest) -> bool:
+        """Whether a frontend has still to say how it answered."""
+        return request.answer is None and (server.has_frontend or bool(server.gone_frontends))
+
+    def _is_complete(self, server: Server, request: OpenRequest) -> bool:
         """Whether nobody has anything to add to a request that has left the scheduler."""
-        if request.answer is None and (server.has_frontend or server.gone_frontends):
+        if self._awaits_answer(server, request):
             return False
         if request.end is not None and request.end.queue_ns < 0:
             return True  # it never ran: no worker knows it
@@ -563,9 +588,7 @@ class Ledger:
         A frontend that sees answers counts them, otherwise the core does.
         """
         frontend = request.frontend
-        if frontend is not None and any(
-            c.hook == _ANSWERS and c.state == "active" for c in frontend.hello.capabilities
-        ):
+        if frontend is not None and _has(frontend, _ANSWERS):
             return request.answer is None and not any(
                 frontend.number in engine.frontends for engine in server.engines.values()
             )
@@ -579,7 +602,7 @@ class Ledger:
             place.name(exemplars.fit(self._policy.names(request.ref)), unix)
         if self.told is None:
             return
-        begin_ns, end_ns = _life(request, summary, self._clock())
+        begun_ns, ended_ns = _life(request, self._clock())
         self.told(
             EndedRequest(
                 instance=server.instance,
@@ -590,9 +613,9 @@ class Ledger:
                 sampled=request.sampled,
                 outcome=summary.outcome,
                 error_type=summary.error_type,
-                begin_ns=begin_ns,
-                end_ns=end_ns,
-                clock_offset_ns=self._offset(speaker, end_ns),
+                begin_ns=begun_ns,
+                end_ns=ended_ns,
+                clock_offset_ns=self._offset(speaker, ended_ns),
                 queue_ns=summary.queue_ns,
                 prefill_ns=summary.prefill_ns,
                 decode_ns=summary.decode_ns,
@@ -603,15 +626,24 @@ class Ledger:
                 max_tokens=request.max_tokens or None,
                 preemptions=summary.preemptions,
                 kv_share=place.peak,
-                kv_share_at=request.peak_at or end_ns,
+                kv_share_at=request.peak_at or ended_ns,
                 gpu_ns=summary.gpu_ns,
                 recompute_ns=summary.recompute_ns,
                 tenant=place.tenant,
                 lora=request.lora,
+                caller_known=self._knows_caller(server, request),
                 exemplify=self._exemplify(place, unix),
                 **_engine_fields(request.engine, speaker),
             )
         )
+
+    @staticmethod
+    def _knows_caller(server: Server, request: OpenRequest) -> bool:
+        """Whether it is told who asked: not if a frontend is there to tell that, and its word was dropped."""
+        if request.frontend is not None or request.answer is not None:
+            return True
+        frontends = (f for engine in server.engines.values() for f in engine.frontends.values())
+        return not any(_has(frontend, _ENTERS) for frontend in frontends)
 
     def _exemplify(self, place: Counted, unix: float) -> Callable[[exemplars.Names], None]:
         def exemplify(names: exemplars.Names) -> None:
@@ -747,6 +779,12 @@ class Ledger:
         if worker is not None:
             worker.allocated(record)
 
+    def _memory(self, sender: Sender, record: records.MemoryState, now_ns: int) -> None:
+        _, engine = self._places[sender.number]
+        worker = engine.account.worker(sender.hello.rank)
+        if worker is not None:
+            worker.remembered(record)
+
     def _out_of_memory(self, sender: Sender, record: records.OutOfMemory, now_ns: int) -> None:
         server, engine = self._places[sender.number]
         worker = engine.account.worker(sender.hello.rank)
@@ -758,18 +796,15 @@ class Ledger:
             worker.out_of_memory_exemplar = exemplars.newer(worker.out_of_memory_exemplar, found)
 
 
-def _life(request: OpenRequest, summary: Summary, now_ns: int) -> tuple[int, int]:
+def _has(sender: Sender, hook: str) -> bool:
+    return any(c.hook == hook and c.state == "active" for c in sender.hello.capabilities)
+
+
+def _life(request: OpenRequest, now_ns: int) -> tuple[int, int]:
     """When a request arrived and when all of it was over, as core and frontend saw it."""
-    end, answer = request.end, request.answer
-    begins, ends = [], []
-    if end is not None:
-        begins.append(end.arrival_ns)
-        ends.append(end.at)
-    if answer is not None:
-        begins.append(answer.at - answer.duration_ns)
-        ends.append(answer.at)
-    begin_ns = min(begins, default=request.first_at)
-    return begin_ns, max(*ends, begin_ns) if ends else max(request.died_at or now_ns, begin_ns)
+    begin = begin_ns(request)
+    ends = [told.at for told in (request.end, request.answer) if told is not None]
+    return begin, max(*ends, begin) if ends else max(request.died_at or now_ns, begin)
 
 
 def _engine_fields(engine: Engine, speaker: Sender | None) -> dict[str, Any]:
@@ -779,12 +814,6 @@ def _engine_fields(engine: Engine, speaker: Sender | None) -> dict[str, Any]:
     workers = sorted(engine.account.workers.items())
     return {
         "model_name": labels.model_name,
-    def _memory(self, sender: Sender, record: records.MemoryState, now_ns: int) -> None:
-        _, engine = self._places[sender.number]
-        worker = engine.account.worker(sender.hello.rank)
-        if worker is not None:
-            worker.remembered(record)
-
         "engine": labels.engine,
         "server": labels.server,
         "workload": (labels.namespace, labels.pod, labels.container),

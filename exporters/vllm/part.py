@@ -58,6 +58,7 @@ class EnginesPart(Part):
         made."""
         if self._hub.is_heard(EndedRequest):
             self.ledger.told = self._hub.ended
+        self.ledger.listening_since_ns = self._clock_ns()
         self.receiver.start()
         self._publisher.start()
 
@@ -72,6 +73,9 @@ class EnginesPart(Part):
         self._closing.set()
         until = time.monotonic() + timeout
         clean = self.receiver.stop(timeout)
+        if clean:
+            with self.ledger.lock:
+                self.ledger.finish()
         if self._publisher.ident is not None:
             self._publisher.join(max(0.0, until - time.monotonic()))
             clean = clean and not self._publisher.is_alive()

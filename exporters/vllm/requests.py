@@ -114,6 +114,16 @@ class OpenRequest:
         return self.end is None and self.answer is None and self.died_at is None
 
 
+def begin_ns(request: OpenRequest) -> int:
+    """When a request arrived, on the senders' monotonic clock: the earlier of what core and frontend saw."""
+    begins = []
+    if request.end is not None:
+        begins.append(request.end.arrival_ns)
+    if request.answer is not None:
+        begins.append(request.answer.at - request.answer.duration_ns)
+    return min(begins, default=request.first_at)
+
+
 def verdict(end: RequestEnd | None, answer: RequestAnswered | None, died: bool) -> tuple[str, str]:
     """Outcome and error type of a request, given what core and frontend said and whether the engine went
     away.

@@ -20,7 +20,8 @@ DECIDED = _own(
     Kind.COUNTER,
     "",
     "Ended requests by decision: kept because of the caller, ratio, failed, aborted, preempted or slowest; "
-    "not kept because of unsampled (by the caller, by ratio and rules) or budget (of the tail rules).",
+    "not kept because of unsampled (by the caller, by ratio and rules), budget (of the tail rules) or "
+    "unknown (what was told of its caller was lost).",
     "decision",
 )
 EXPORTED = _own("exported_total", Kind.COUNTER, "", "Traces whose spans the collector accepted.")

@@ -1,13 +1,23 @@
-"""A real vLLM whose agent is started again in the middle of a request: one complete trace, and not two."""
+"""A real vLLM whose agent is started again around a request: one complete trace, never two, never half.
+
+The engine's core stands still while agents change, so that what is to be told later is not told before.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from gpuglass.demo.scenario import Scenario
+from gpuglass.families import engine as families
 from tests.otel_bridge.conftest import Traced
 from tests.otel_bridge.test_end_to_end import (
     PHASES,
@@ -21,26 +31,142 @@ from tests.otel_bridge.test_end_to_end import (
     roots,
     wait_for_engine,
 )
-from tests.support.agent import running_agent
+from tests.support.agent import RunningAgent, running_agent
+from tests.support.jaeger import JaegerSpan
+from tests.support.load import Reply
 
-pytestmark = [pytest.mark.needs("vllm", "jaeger", "cc"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("vllm", "jaeger", "cc"), pytest.mark.timeout(600)]
+
+numbers = count(70)
+"""Of requests and their traces: no two are equal, however often the tests run on one server."""
+PROMPT, OUTPUT = 40, 1200
+FREEZE_AT = 60
+"""Piece of the answer at which the engine stops: most of it is still to come."""
 
 
-def test_an_agent_that_is_started_again_completes_the_trace(traced: Traced, tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    asking = threading.Thread(target=ask, args=(traced, 70, 600, 1200))
-    with running_agent(tmp_path / "one", Scenario().gpus(1), config(traced)) as agent:
-        wait_for_engine(agent)
-        asking.start()
-        agent.wait(lambda: agent.value("gpuglass_traces_open_requests"), "the request", WAIT)
-    with running_agent(tmp_path / "two", Scenario().gpus(1), config(traced)) as agent:
-        wait_for_engine(agent)
-        asking.join(3 * WAIT)  # on a loaded machine a token takes long
-        assert not asking.is_alive()
-        spans = fetch(traced, 70)
-        agent.wait(lambda: agent.value("gpuglass_traces_exported_total") == 1, "one trace", WAIT)
+@dataclass
+class Asking:
+    """A request on its way, in a thread."""
+
+    traced: Traced
+    number: int = field(default_factory=lambda: next(numbers))
+    replies: list[Reply] = field(default_factory=list)
+    frozen: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        (self.core,) = self.traced.server.pids("core")
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.replies.append(
+            ask(self.traced, self.number, PROMPT, OUTPUT, at_chunk=self._at_chunk, timeout=6 * WAIT)
+        )
+
+    def _at_chunk(self, chunk: int) -> None:
+        if chunk == FREEZE_AT:
+            os.kill(self.core, signal.SIGSTOP)
+            self.frozen.set()
+
+    def go_on(self) -> None:
+        """Let the engine run again."""
+        os.kill(self.core, signal.SIGCONT)
+
+    def finish(self) -> None:
+        """Wait for the whole answer."""
+        self.thread.join(6 * WAIT)
+        (reply,) = self.replies
+        assert reply.ok and reply.output_tokens == OUTPUT, reply
+
+
+@contextmanager
+def asking(traced: Traced) -> Iterator[Asking]:
+    """A request in whose middle the engine stands still."""
+    request = Asking(traced)
+    try:
+        assert request.frozen.wait(3 * WAIT), request.replies
+        yield request
+    finally:
+        request.go_on()
+        request.thread.join(6 * WAIT)
+
+
+@contextmanager
+def next_agent(traced: Traced, folder: Path) -> Iterator[RunningAgent]:
+    folder.mkdir()
+    with running_agent(folder, Scenario().gpus(1), config(traced)) as agent:
+        yield agent
+
+
+def exported(agent: RunningAgent) -> float:
+    return agent.value("gpuglass_traces_exported_total") or 0.0
+
+
+def check_one(agent: RunningAgent) -> None:
+    """The agent exports one trace, and counts one request."""
+
+    def observed() -> float:
+        return sum(sample.value for sample in agent.samples("gpuglass_request_duration_seconds_count"))
+
+    agent.wait(lambda: exported(agent) and observed(), "a request", WAIT)
+    assert (exported(agent), observed()) == (1, 1)
+
+
+def check_whole(spans: list[JaegerSpan]) -> None:
+    """All phases, and what only one of core, worker and frontend knows."""
     root = check_tree(spans)
-    assert len(roots(spans)) == 1 and root.attributes["gen_ai.usage.output_tokens"] == 1200
+    assert len(roots(spans)) == 1
+    told = root.attributes
+    assert told["gpuglass.kept_by"] == "caller" and told["gen_ai.request.max_tokens"] == OUTPUT
+    assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (PROMPT, OUTPUT)
+    assert told["gpuglass.gpu.seconds"] > 0 and named(spans, "engine.step")
     total = sum(length(named(spans, name)[0]) for name in PHASES)
     assert total == pytest.approx(length(root), rel=0.02)
+
+
+def test_a_request_that_began_under_one_agent_and_ends_under_the_next(traced: Traced, tmp_path: Path) -> None:
+    with next_agent(traced, tmp_path / "one") as agent:
+        wait_for_engine(agent)
+        with asking(traced) as request:
+            agent.wait(lambda: agent.value("gpuglass_traces_open_requests"), "the request", WAIT)
+            assert agent.stop()[0] == 0
+            with next_agent(traced, tmp_path / "two") as after:
+                after.wait(
+                    lambda: after.value("gpuglass_receiver_senders", role="frontend"), "a frontend", WAIT
+                )
+                request.go_on()
+                wait_for_engine(after)
+                request.finish()
+                spans = fetch(traced, request.number)
+                check_one(after)
+    check_whole(spans)
+
+
+def test_a_request_that_ends_while_no_agent_listens(traced: Traced, tmp_path: Path) -> None:
+    with next_agent(traced, tmp_path / "one") as agent:
+        wait_for_engine(agent)
+        with asking(traced) as request:
+            agent.wait(lambda: agent.value("gpuglass_traces_open_requests"), "the request", WAIT)
+            assert agent.stop()[0] == 0
+            request.go_on()
+            request.finish()
+    with next_agent(traced, tmp_path / "two") as after:
+        spans = fetch(traced, request.number)
+        check_one(after)
+    check_whole(spans)
+
+
+def test_a_request_that_ended_under_one_agent_is_no_news_to_the_next(traced: Traced, tmp_path: Path) -> None:
+    first, second = next(numbers), next(numbers)
+    with next_agent(traced, tmp_path / "one") as agent:
+        wait_for_engine(agent)
+        assert ask(traced, first, 600, 40).ok
+        check_one(agent)
+    with next_agent(traced, tmp_path / "two") as after:
+        wait_for_engine(after)
+        assert ask(traced, second, 600, 40).ok
+        fetch(traced, second)
+        # Whatever it was told of the first one would have been settled by now, or is still followed.
+        after.wait(lambda: after.value(families.TRACKED.name) == 0, "all is told", WAIT)
+        check_one(after)
+    assert len(roots(fetch(traced, first))) == 1

@@ -27,6 +27,13 @@ def none(**more: Any) -> TracesConfig:
     return TracesConfig(ratio=0.0, **{"tail": NO_SLOWEST, **more})
 
 
+@pytest.mark.parametrize("config", [TracesConfig(ratio=1.0), none(tail=TailConfig(slowest=5))])
+def test_a_request_whose_caller_was_never_heard_has_no_trace(config: TracesConfig) -> None:
+    assert decide(ALONE, config, caller_known=False, outcome="error") is Decision.UNKNOWN
+    assert decide(ALONE, config, outcome="error") in (Decision.RATIO, Decision.FAILED)
+    assert not Decision.UNKNOWN.keeps
+
+
 @pytest.mark.parametrize(
     "outcome, preemptions, decision",
     [

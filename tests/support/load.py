@@ -72,16 +72,18 @@ def complete(
     *,
     stream: bool = False,
     hang_up_after: int | None = None,
+    at_chunk: Callable[[int], None] | None = None,
     headers: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT,
     **more: Any,
 ) -> Reply:
     """Send one request and read its answer; nothing is raised, what went wrong is in the reply.
 
-    `hang_up_after` streams and closes the connection after that many pieces.
+    `hang_up_after` streams and closes the connection after that many pieces; `at_chunk` streams and is called
+    with the number of each piece.
     """
     connection = http.client.HTTPConnection(address, timeout=timeout)
-    streamed = stream or hang_up_after is not None
+    streamed = stream or hang_up_after is not None or at_chunk is not None
     if streamed:
         more |= {"stream": True, "stream_options": {"include_usage": True}}
     status = 0
@@ -94,7 +96,7 @@ def complete(
         if status != 200:
             return Reply(status, error=answer.read().decode(errors="replace")[:500])
         if streamed:
-            return _stream(answer, hang_up_after)
+            return _stream(answer, hang_up_after, at_chunk)
         document = json.loads(answer.read())
         reasons = tuple(choice["finish_reason"] for choice in document["choices"])
         usage = document["usage"]
@@ -105,7 +107,9 @@ def complete(
         connection.close()
 
 
-def _stream(answer: http.client.HTTPResponse, hang_up_after: int | None) -> Reply:
+def _stream(
+    answer: http.client.HTTPResponse, hang_up_after: int | None, at_chunk: Callable[[int], None] | None
+) -> Reply:
     chunks, usage = 0, {"prompt_tokens": 0, "completion_tokens": 0}
     reasons: list[str] = []
     for line in answer:
@@ -119,7 +123,10 @@ def _stream(answer: http.client.HTTPResponse, hang_up_after: int | None) -> Repl
             return Reply(200, error=str(document["error"])[:500], chunks=chunks)
         usage = document.get("usage") or usage
         reasons += [choice["finish_reason"] for choice in document["choices"] if choice["finish_reason"]]
-        chunks += bool(document["choices"])
+        if document["choices"]:
+            chunks += 1
+            if at_chunk is not None:
+                at_chunk(chunks)
         if hang_up_after is not None and chunks >= hang_up_after:
             return Reply(200, error="hung up", chunks=chunks)
     return Reply(200, error="the stream ended early", chunks=chunks)

@@ -113,6 +113,8 @@ class FrontendProbe:
                 trace_id=opened.start.trace_id,
                 span_id=opened.start.span_id,
                 sampled=opened.start.sampled,
+                max_tokens=opened.start.max_tokens,
+                lora=opened.start.lora,
             )
         )
         if opened.counted:

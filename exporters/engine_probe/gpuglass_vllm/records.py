@@ -234,6 +234,8 @@ class RequestAnswered(_Record, tag="request_answered", frozen=True, kw_only=True
     trace_id: str = ""
     span_id: str = ""
     sampled: bool = False
+    max_tokens: int = 0
+    lora: str = ""
     """As in `RequestStart`, which an agent that was started in between has not heard."""
 
 
@@ -443,8 +445,6 @@ class AllocatorState(_Record, tag="allocator", frozen=True, kw_only=True):
     ooms: int = 0
 
 
-class OutOfMemory(_Record, tag="out_of_memory", frozen=True, kw_only=True):
-    """Event of a worker: an allocation failed while this batch ran."""
 class MemoryState(_Record, tag="memory", frozen=True, kw_only=True):
     """State of a worker: what its device memory is for, in bytes; -1: unknown. The parts lie inside of what
     the allocator reserved (`AllocatorState`), where there is one."""
@@ -463,6 +463,8 @@ class MemoryState(_Record, tag="memory", frozen=True, kw_only=True):
     goes on counting them."""
 
 
+class OutOfMemory(_Record, tag="out_of_memory", frozen=True, kw_only=True):
+    """Event of a worker: an allocation failed while this batch ran."""
 
     at: int
     requested: int = 0
@@ -662,9 +664,9 @@ Record = (
     | ExpertSums
     | HotExperts
     | AllocatorState
+    | MemoryState
     | OutOfMemory
     | StepSample
-    | MemoryState
     | PrefillChunks
     | StepKernels
     | CudaProcess

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import pytest
 
+from exporters.vllm.ledger import RETURN_NS
 from gpuglass.exemplar import NameByRequest, Names, RequestRef
 from gpuglass.families import engine as families
 from gpuglass.record_hub import EndedRequest
@@ -99,6 +101,76 @@ def test_a_request_that_began_before_the_agent_is_still_its_callers(heard: Heard
     heard.world.tell(frontend, answered("r1", heard.world.now, **context))
     (told,) = heard.ended
     assert (told.external_id, told.trace_id, told.span_id, told.sampled) == ("x", TRACE, CALLER, True)
+
+
+CONTEXT = {"external_id": "x", "trace_id": TRACE, "span_id": CALLER, "sampled": True, "max_tokens": 20}
+
+
+@pytest.mark.parametrize("order", list(permutations(["frontend", "core", "worker"])))
+def test_an_agent_that_was_just_started_waits_until_all_processes_are_back(
+    heard: Heard, order: tuple[str, ...]
+) -> None:
+    """Each connects when it likes, and tells what it has: nobody's part is missing, whoever comes first."""
+    world = heard.world
+    world.ledger.listening_since_ns = world.now
+    at = world.now - SECOND
+    parts = {
+        "frontend": [answered("r1", at, **CONTEXT)],
+        "core": [end("r1", at)],
+        "worker": [gpu("r1", at, 0.3, ended=True)],
+    }
+    for role in order:
+        world.tell(world.connect(role), *parts[role])
+        world.wait(2.8)
+    world.wait(60)
+    (told,) = heard.ended
+    assert (told.trace_id, told.span_id, told.sampled, told.external_id) == (TRACE, CALLER, True, "x")
+    assert (told.queue_ns, told.output_tokens, told.max_tokens) == (SECOND // 10, 20, 20)
+    assert told.gpu_ns == 0.3 * SECOND and told.caller_known
+    assert world.value(families.REQUEST_DURATION) == 1
+    counts = [sample.value for sample in world.find(families.TENANT_REQUESTS)]
+    assert sum(counts) == 0, "whoever counts ends does so in sums"
+
+
+def test_it_waits_with_older_requests_only_and_not_for_long(heard: Heard) -> None:
+    world = heard.world
+    world.ledger.listening_since_ns = world.now
+    core = world.connect("core")
+    world.tell(core, end("old", world.now))
+    world.wait(2)
+    world.tell(core, end("new", world.now, arrival_ns=world.now - SECOND // 2))
+    assert [told.request_id for told in heard.ended] == ["new"]
+    world.wait(RETURN_NS / SECOND - 3)
+    assert [told.request_id for told in heard.ended] == ["new"]
+    world.wait(1.5)
+    assert [told.request_id for told in heard.ended] == ["new", "old"]
+    world.tell(core, end("older", world.now, arrival_ns=1))
+    assert len(heard.ended) == 3, "from now on nobody is awaited"
+
+
+def test_an_agent_that_stops_closes_what_is_told_from_both_sides(heard: Heard) -> None:
+    world = heard.world
+    frontend, core = world.connect("frontend"), world.connect("core")
+    world.connect("worker")
+    world.tell(core, *(end(name, world.now) for name in ("both", "half")), progress("open", world.now, 1.0))
+    world.tell(frontend, *(answered(name, world.now) for name in ("both", "other half")))
+    assert heard.ended == []
+    world.ledger.finish()
+    assert [told.request_id for told in heard.ended] == ["both"]
+
+
+def test_a_request_of_which_no_frontend_told_has_an_unknown_caller(heard: Heard) -> None:
+    world = heard.world
+    core = world.connect("core")
+    world.tell(core, end("no frontend", world.now))
+    hook = records.Capability(hook="frontend.requests", state="active")
+    frontend = world.connect("frontend", capabilities=[hook])
+    world.tell(frontend, start("told", world.now))
+    world.tell(core, end("told", world.now), end("lost", world.now), end("answered", world.now))
+    world.tell(frontend, answered("answered", world.now))
+    world.wait(60)
+    known = {told.request_id: told.caller_known for told in heard.ended}
+    assert known == {"no frontend": True, "told": True, "lost": False, "answered": True}
 
 
 def test_a_request_that_never_ran_has_no_phases(heard: Heard) -> None:
