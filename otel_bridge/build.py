@@ -12,7 +12,8 @@ A span lies below the innermost one that contains it, so children never leave th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from gpuglass.record_hub import EndedRequest
 from gpuglass_vllm import records
@@ -229,7 +230,7 @@ class _Builder:
                 (names.PHASE, phase),
                 (names.GPU_SECONDS, sample.gpu_ns[index] / 1e9 if sample.gpu_ns else None),
             ),
-            links=step_links(shared, index),
+            links=StepLinks(shared, index),
         )
         if sample.gpu_end_ns:
             yield from self._execute(shared, context, begin, end)
@@ -277,26 +278,30 @@ def phases(request: EndedRequest) -> list[tuple[str, int, int]]:
     return found
 
 
-def step_links(shared: SharedStep, index: int) -> tuple[Link, ...]:
-    """Links to the other requests of a step, each with what the step did for it."""
-    # Up to 63 links for each span of a step: nothing is made that is not needed.
-    sample = shared.sample
-    phases, gpu_ns = sample.phases, sample.gpu_ns
-    found = []
-    for other, place in enumerate(shared.places):
-        context = place.context if place is not None else None
-        if context is None or other == index:
-            continue
-        told: Attributes = (
-            (names.REQUEST_ID, sample.request_ids[other]),
-            (names.TOKENS, sample.tokens[other]),
-        )
-        if phases:
-            told += ((names.PHASE, phases[other]),)
-        if gpu_ns:
-            told += ((names.GPU_SECONDS, gpu_ns[other] / 1e9),)
-        found.append(Link(context, told))
-    return tuple(found)
+@dataclass(frozen=True, slots=True)
+class StepLinks:
+    """Links to the other requests of a step, each with what the step did for it.
+
+    There are up to 63 for each span of a step, so they are made when they are asked for; `otlp` does not ask,
+    it encodes the step itself.
+    """
+
+    shared: SharedStep
+    index: int
+    """Place of the request to which the span belongs."""
+
+    def __iter__(self) -> Iterator[Link]:
+        sample = self.shared.sample
+        for other, place in enumerate(self.shared.places):
+            context = place.context if place is not None else None
+            if context is not None and other != self.index:
+                told = present(
+                    (names.REQUEST_ID, sample.request_ids[other]),
+                    (names.TOKENS, sample.tokens[other]),
+                    (names.PHASE, sample.phases[other] if sample.phases else None),
+                    (names.GPU_SECONDS, sample.gpu_ns[other] / 1e9 if sample.gpu_ns else None),
+                )
+                yield Link(context, told)
 
 
 def kernels(record: records.StepKernels) -> Iterable[tuple[int, int, Attributes]]:

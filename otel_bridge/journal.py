@@ -48,10 +48,12 @@ BATCH_SHOWN = 16
 class Place:
     """Where a request's span is, once somebody has said who asked. All that a step keeps of its requests."""
 
-    __slots__ = ("identity",)
+    __slots__ = ("identity", "wire")
 
     def __init__(self) -> None:
         self.identity: Identity | None = None
+        self.wire = b""
+        """What all links to it say alike, encoded (by `otlp`)."""
 
     @property
     def context(self) -> Context | None:
@@ -71,6 +73,8 @@ class SharedStep:
     took_ns: int
     """Its length, by the device where that is known."""
     kernels: records.StepKernels | None = None
+    wire: list[bytes] = field(default_factory=list)
+    """A link to each of its requests, encoded (by `otlp`) once for the spans of all; empty: not yet."""
 
     @classmethod
     def of(cls, speaker: Speaker, sample: records.StepSample, places: tuple[Place | None, ...]) -> SharedStep:

@@ -5,7 +5,8 @@
 A request of the mix has a span of its own, queue, prefill, a piece of its prompt, decode, and four steps that
 it shares with seven others: nine spans. Then steps with links to 64 requests, as they come in large batches;
 the same steps and the mix's spans by OpenTelemetry's own SDK, in the same run; 10,000 requests a minute as
-they come; and memory with 10,000 open requests. CPU is that of this whole process, with gRPC's threads; the
+they come; the same with a collector that is down for a minute and comes back; and memory with 10,000 open
+requests. CPU is that of this whole process, with gRPC's threads; the
 collector is another process. The last line is JSON.
 """
 
@@ -34,12 +35,17 @@ from otel_bridge.transport import make
 from tests.otel_bridge.made import FRONTEND, INSTANCE, WORKER, at, ended, start, step
 from tests.otel_bridge.sink import grpc_sink
 from tests.support.bench import finish
+from tests.support.ports import free_port
 
 TARGETS = {
     "mix_spans_per_core_second": ">= 10000",
     "step_spans_per_core_second": ">= 1500",
     "megabytes_10000_open": "<= 100",
+    "steps_times_sdk": ">= 4",
     "dropped_at_10000_a_minute": "<= 0",
+    "outage_unaccounted": "<= 0",
+    "outage_lost_beyond_queue": "<= 0",
+    "outage_megabytes": "<= 100",
 }
 SHARED = 8
 """Requests in a step of the mix."""
@@ -49,8 +55,8 @@ SPANS = 9
 RATE = 10_000 / 60
 
 
-def _collector(pipe: Connection) -> None:
-    with grpc_sink() as sink:
+def _collector(pipe: Connection, port: int) -> None:
+    with grpc_sink(port=port) as sink:
         pipe.send(sink.url)
         while pipe.recv():
             spans = sink.spans
@@ -58,10 +64,10 @@ def _collector(pipe: Connection) -> None:
 
 
 @contextmanager
-def collector() -> Iterator[tuple[str, Connection]]:
-    """A collector in a process of its own: its URL, and who tells how many spans it has."""
+def collector(port: int = 0) -> Iterator[tuple[str, Connection]]:
+    """A collector in a process of its own: its URL, and who tells how many spans it has. Port 0: any."""
     here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_collector, args=(there,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_collector, args=(there, port), daemon=True)
     process.start()
     try:
         yield here.recv(), here
@@ -137,13 +143,17 @@ def steps(count: int) -> float:
         spans = 0
         for name in others:
             tell_start(hub, name)
+        gpu_ns = [1e6 + 1013.5 * number for number in range(LARGE)]
         before = time.process_time()
         for number in range(0, count, 4):
             group = [f"cmpl-{number}-0", *others]
             tell_start(hub, group[0])
             for turn in range(4):
                 begin = 2.1 + turn / 10
-                hub.told(WORKER, step(number + turn, begin, begin + 0.05, group), time.monotonic_ns())
+                sample = step(number + turn, begin, begin + 0.05, group)
+                gpu_ns.append(gpu_ns.pop(0) + turn)
+                sample = msgspec.structs.replace(sample, gpu_ns=list(gpu_ns))
+                hub.told(WORKER, sample, time.monotonic_ns())
             hub.ended(ended(group[0], ""))
             spans += 4
             if number % 64 == 0:
@@ -204,6 +214,18 @@ def by_sdk(mix_spans: int, step_spans: int) -> dict[str, float]:
     }
 
 
+def tell_paced(hub: RecordHub, first: int, seconds: float) -> int:
+    """Requests from number `first` on as they come; gives the number of the next one."""
+    begun, number = time.monotonic(), first
+    while (elapsed := time.monotonic() - begun) < seconds:
+        while number - first < elapsed * RATE:
+            for name in tell_group(hub, number):
+                hub.ended(ended(name, ""))
+            number += SHARED
+        time.sleep(0.02)
+    return number
+
+
 def paced(seconds: float) -> dict[str, float]:
     """10,000 requests a minute through the running part: what was lost, and the CPU it took."""
     with collector() as (url, pipe):
@@ -211,14 +233,8 @@ def paced(seconds: float) -> dict[str, float]:
         hub = RecordHub()
         part = TracesPart(config, hub, make(config))
         part.start()
-        begun, before = time.monotonic(), time.process_time()
-        number = 0
-        while (elapsed := time.monotonic() - begun) < seconds:
-            while number < elapsed * RATE:
-                for name in tell_group(hub, number):
-                    hub.ended(ended(name, ""))
-                number += SHARED
-            time.sleep(0.02)
+        before = time.process_time()
+        number = tell_paced(hub, 0, seconds)
         cpu = time.process_time() - before
         until = time.monotonic() + 30
         while part.exporter.counts.exported < number and time.monotonic() < until:
@@ -228,6 +244,55 @@ def paced(seconds: float) -> dict[str, float]:
         lost = number * SPANS - pipe.recv()[0]
         part.stop(2)
     return {"dropped_at_10000_a_minute": dropped + lost, "cpu_share_at_10000_a_minute": cpu / seconds}
+
+
+def outage(seconds: float) -> dict[str, float]:
+    """10,000 requests a minute while the collector is down, with the default queue; then it is back."""
+    port = free_port()
+    config = TracesConfig(endpoint=f"http://127.0.0.1:{port}", ratio=1.0, steps=4)
+    hub = RecordHub()
+    part = TracesPart(config, hub, make(config))
+    part.start()
+    counts = part.exporter.counts
+
+    def settled() -> int:
+        return counts.exported + sum(counts.dropped.values())
+
+    def settle(number: int) -> float:
+        begun = time.monotonic()
+        while settled() < number and time.monotonic() - begun < 120:
+            time.sleep(0.05)
+        return time.monotonic() - begun
+
+    with collector(port) as (_, pipe):
+        number = tell_paced(hub, 0, 2)
+        settle(number)
+        pipe.send(True)
+        spans = pipe.recv()[0]
+    before = number
+    gc.collect()
+    resident, cpu = _resident(), time.process_time()
+    told = tell_paced(hub, number, seconds)
+    cpu, resident = time.process_time() - cpu, _resident() - resident
+    with collector(port) as (_, pipe):
+        recovered = settle(told)
+        number = tell_paced(hub, told, 2)
+        settle(number)
+        pipe.send(True)
+        spans += pipe.recv()[0]
+    dropped = sum(counts.dropped.values())
+    part.stop(2)
+    return {
+        "outage_seconds": seconds,
+        "outage_requests": told - before,
+        "outage_accepted": counts.exported,
+        "outage_dropped": dropped,
+        "outage_unaccounted": abs(number - counts.exported - dropped) + abs(counts.exported * SPANS - spans),
+        "outage_lost_beyond_queue": max(0, dropped - max(0, told - before - config.queue)),
+        "outage_megabytes": resident / 1e6,
+        "outage_cpu_share": cpu / seconds,
+        "outage_recovery_seconds": recovered,
+    }
 
 
 def _resident() -> int:
@@ -266,6 +331,7 @@ def main() -> int:
         ("large steps", lambda: {"step_spans_per_core_second": steps(2_000 if quick else 20_000)}),
         ("the SDK", lambda: by_sdk(*((5_000, 1_000) if quick else (50_000, 10_000)))),
         ("10,000 requests a minute", lambda: paced(10 if quick else 60)),
+        ("a collector that is down", lambda: outage(5 if quick else 60)),
     ):
         print(f"{name} …", file=sys.stderr)
         figures |= measure()

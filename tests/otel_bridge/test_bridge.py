@@ -341,7 +341,9 @@ def test_a_collector_that_hangs_is_left_when_the_agent_ends() -> None:
     bridge.start()
     hub.ended(ended())
     wait(lambda: transport.attempts, "no attempt")
-    assert bridge.stop(2.0) and transport.aborted.is_set()
+    bridge.stop(2.0)
+    assert transport.aborted.is_set()
+    wait(lambda: not bridge._thread.is_alive(), "the call that was aborted holds the thread")
 
 
 def test_a_part_that_was_never_started_stops() -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Proto
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+from gpuglass_vllm import records
 from otel_bridge import attributes, page
+from otel_bridge.build import StepLinks
+from otel_bridge.identity import identify
+from otel_bridge.journal import Place, SharedStep
 from otel_bridge.model import Context, Event, Kind, Link, Span, Trace
 from otel_bridge.otlp import encode
+from tests.otel_bridge.made import CALLER, INSTANCE, TRACE, WORKER, at
 
 ROOM = Path(attributes.__file__).parent
 TRACE_ID, SPAN_ID = b"t" * 16, b"s" * 8
@@ -113,6 +119,58 @@ def test_more_links_than_the_sdks_limit_arrive() -> None:
     span = Span("engine.step", Context(TRACE_ID, SPAN_ID), b"", 1, 2, links=links)
     (found,) = decoded(Trace(RESOURCE, [span])).resource_spans[0].scope_spans[0].spans
     assert len({link.span_id for link in found.links}) == 512
+
+
+def links_of(span: Proto) -> list[tuple[bytes, bytes, dict[str, Any]]]:
+    return [(link.trace_id, link.span_id, {p.key: value(p) for p in link.attributes}) for link in span.links]
+
+
+@pytest.mark.parametrize("told", ["all", "no phases", "no GPU time"])
+def test_links_of_a_step_are_what_it_says_to_each_of_its_requests(told: str) -> None:
+    ids = ["cmpl-a-0", "cmpl-b-0", "cmpl-over-0", "cmpl-late-0", "cmpl-c-0"]
+    sample = records.StepSample(
+        at=at(3),
+        begin_ns=at(2),
+        step=7,
+        tid=1,
+        kind="graph",
+        request_ids=ids,
+        tokens=[300, 1, 1, 1, 20_000],
+        phases=["prefill", "decode", "decode", "decode", "prefill"] if told != "no phases" else [],
+        gpu_ns=[3e8, 1e8, 0.0, 1e7, 123456789.25] if told != "no GPU time" else [],
+    )
+    places = tuple(Place() if name != "cmpl-over-0" else None for name in ids)
+    shared = SharedStep.of(WORKER, sample, places)
+
+    def check() -> None:
+        for index in (0, 1, 4):
+            links = StepLinks(shared, index)
+            span = Span("engine.step", Context(TRACE_ID, SPAN_ID), b"", 1, 2, (("n", 1),), links=links)
+            (found,) = decoded(Trace(RESOURCE, [span])).resource_spans[0].scope_spans[0].spans
+            assert (found.name, found.end_time_unix_nano, found.attributes[0].key) == ("engine.step", 2, "n")
+            plain = [(*link.context, dict(link.attributes)) for link in links]
+            assert links_of(found) == plain
+            assert [told[attributes.REQUEST_ID] for _, _, told in plain] == [
+                name
+                for other, name in enumerate(ids)
+                if other != index and places[other] is not None and places[other].identity is not None  # type: ignore[union-attr]
+            ]
+
+    for name, place in zip(ids, places, strict=True):
+        if place is not None and name != "cmpl-late-0":
+            place.identity = identify(INSTANCE, name)
+    check()
+    late = places[3]
+    assert late is not None
+    late.identity = identify(INSTANCE, "cmpl-late-0", TRACE, CALLER, True)
+    check()
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 127, 128, 16_383, 16_384, 3_000_000])
+def test_spans_of_any_length_arrive(length: int) -> None:
+    span = Span("s", Context(TRACE_ID, SPAN_ID), b"", 1, 2, (("text", "x" * length),))
+    found = decoded(Trace(RESOURCE, [span, span])).resource_spans[0].scope_spans[0].spans
+    assert [len(one.attributes[0].value.string_value) for one in found] == [length, length]
 
 
 def test_names_of_conventions_are_those_of_opentelemetry() -> None:
