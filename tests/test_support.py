@@ -199,9 +199,9 @@ NEEDS_TOOL = """
 def test_tests_that_wait_for_a_build_run_last_and_waiting_is_not_counted(
     session: Session, fake_go: Callable[[str], Path]
 ) -> None:
-    cache = fake_go(f"sleep 1.5; {BUILD}")
-    limits = {"GPUGLASS_BUDGETS": "0.003", "GPUGLASS_REQUIRE": "prometheus3"}  # 0.72 s
-    outcome = session(NEEDS_TOOL, "-v", "--timeout=1", **limits)
+    cache = fake_go(f"sleep 6; {BUILD}")
+    limits = {"GPUGLASS_BUDGETS": "0.02", "GPUGLASS_REQUIRE": "prometheus3"}  # 4.8 s
+    outcome = session(NEEDS_TOOL, "-v", "--timeout=5", **limits)
     assert outcome.code == 0, outcome.text
     assert outcome.text.index("test_without PASSED") < outcome.text.index("test_with_tool PASSED")
     assert "waiting for prometheus3" in outcome.text
