@@ -969,11 +969,12 @@ def captured_bytes() -> list[int]:
 
 
 def used_bytes(uuid: str) -> int:
-    """Memory of the device that is used, by NVML."""
+    """Memory of the device that is used, by NVML, without what driver and firmware reserve for themselves."""
     from vllm.third_party import pynvml
 
     pynvml.nvmlInit()
-    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
 
 
 def tenant_by_seed(params: Any) -> str:
