@@ -6,31 +6,37 @@ made, and memory stays bounded.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 import tracemalloc
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ebpf.verdict.part import PUBLISH_EVERY, CudaPart
 from exporters.vllm import checks, receiver
 from exporters.vllm.ledger import Ledger, LedgerSettings
 from exporters.vllm.probe_publish import probe_batch
 from exporters.vllm.publish import fast_batch, slow_batch
+from exporters.vllm.relay import Relay
 from exporters.vllm.senders import Memory
 from exporters.vllm.sink import Refused
 from gpuglass import catalog
-from gpuglass.config import LimitsConfig
+from gpuglass.config import Config, LimitsConfig
 from gpuglass.family import Batch, Owner, Tier
+from gpuglass.record_hub import RecordHub
 from gpuglass.store import Store, negotiate
 from gpuglass_vllm import records
 from tests.exporters.vllm.receiver_rig import ENCODER, Raw, Rig, hello, progress, running_receiver, tenant
+from tests.exporters.vllm.test_receiver_tracer import proc_of
 
 LIMITS = LimitsConfig(records_per_second=100_000, kilobytes_per_second=100_000)
 NUMBERS = st.one_of(
@@ -83,7 +89,9 @@ def of(kind: type[msgspec.Struct]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 RECORDS = st.one_of(*(of(kind) for kind in typing.get_args(records.Record)), ANYTHING)
-ROLES = st.sampled_from(checks.ROLES)
+ROLES = st.sampled_from((*checks.ROLES, records.TRACER))
+TRACED = (records.CudaProcess, records.CudaStack, records.CudaEvent)
+"""What a tracer alone may tell."""
 EXPERTS = {"layers": [0, 1], "experts": 8, "top_k": 2, "every": 1}
 
 
@@ -94,6 +102,27 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     ledger = Ledger(LedgerSettings(requests=50, tenants=5))
     with running_receiver(tmp_path, ledger, limits=LIMITS) as running:
         yield running
+
+
+@dataclass
+class Traced:
+    """A receiver that believes tracers, and the part that makes verdicts of what they tell."""
+
+    rig: Rig
+    hub: RecordHub
+    part: CudaPart
+
+
+@pytest.fixture
+def traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traced]:
+    monkeypatch.setattr(receiver, "ARRIVALS_BURST", 1e9)
+    hub = RecordHub()
+    part = CudaPart(Config(), Store(catalog.owned_by(Owner.AGENT)), hub)
+    relay = Relay(Ledger(LedgerSettings(requests=50, tenants=5)), hub)
+    with running_receiver(
+        tmp_path, relay, proc=proc_of(tmp_path), limits=LIMITS, tracer_uids=(os.getuid(),)
+    ) as running:
+        yield Traced(running, hub, part)
 
 
 def expose(rig: Rig) -> bytes:
@@ -136,8 +165,41 @@ def test_any_records_are_taken_or_refused(
     assert expose(rig).endswith(b"# EOF\n")
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    packets=st.lists(
+        st.lists(st.one_of(*map(of, TRACED), RECORDS), min_size=1, max_size=8), min_size=1, max_size=4
+    ),
+    sender=st.sampled_from(["a", "b"]),
+)
+@example(
+    packets=[[{"type": "cuda_process", "at": 1, "pid": 7, "start_ticks": 1, "tracking_since_ns": 1}]],
+    sender="a",
+)
+def test_any_records_of_a_tracer_are_taken_or_refused(
+    traced: Traced, packets: list[list[Any]], sender: str
+) -> None:
+    rig = traced.rig
+    before = rig.receiver.counts.refused["not_allowed"]  # type: ignore[index]
+    raw = rig.connect(hello(role=records.TRACER, sender=sender, pool=None, instance="fuzz"))
+    for items in packets:
+        data = ENCODER.encode({"seq": 0, "records": items})
+        if len(data) <= records.MAX_PACKET:
+            try:
+                raw.bytes(data)
+            except (BrokenPipeError, ConnectionResetError):
+                break  # shown out for garbage
+    finish(rig, raw)
+    for _ in range(PUBLISH_EVERY):
+        traced.part.round()
+    assert rig.receiver.counts.refused["not_allowed"] == before  # type: ignore[index]
+    assert rig.receiver.counts.refused["internal"] == 0  # type: ignore[index]
+    assert not traced.hub._failed, "a listener failed"
+    assert rig.receiver.counts.records["cuda_process"] > 0
+
+
 @settings(max_examples=300, deadline=None)
-@given(role=ROLES, record=RECORDS)
+@given(role=ROLES, record=st.one_of(RECORDS, *map(of, TRACED)))
 def test_what_passes_the_checks_is_within_bounds(role: str, record: Any) -> None:
     who = msgspec.convert(hello(role=role, experts=EXPERTS), records.Hello)
     try:
