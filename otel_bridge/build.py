@@ -267,7 +267,8 @@ def phases(request: EndedRequest) -> list[tuple[str, int, int]]:
     if not request.request_id:
         return []  # it was refused before it had a queue to wait in
     if request.queue_ns is None:
-        return [] if request.gpu_ns else [(QUEUE, begin, end)]
+        ran = request.gpu_ns or request.first_token_ns is not None or request.outcome in ("stop", "length")
+        return [] if ran else [(QUEUE, begin, end)]
     scheduled = min(begin + request.queue_ns, end)
     if request.prefill_ns is None:
         return [(QUEUE, begin, scheduled), (PREFILL, scheduled, end)]

@@ -543,6 +543,9 @@ class Ledger:
         """Close a request of which all is told, or set the time until which to wait for the rest."""
         if request.in_flight:
             return
+        if request.end is not None and request.answer is not None and request.was_closed:
+            self._close(server, request)
+            return
         until = 0
         if begin_ns(request) < self.listening_since_ns:
             # What is not connected yet may have a part of it to tell.
@@ -574,6 +577,8 @@ class Ledger:
         server.closing.pop(request.request_id, None)
         request.engine.hogs.pop(request.request_id, None)
         server.remember(request.request_id)
+        if request.was_closed:
+            return
         summary = Summary.of(request)
         tenant = self.tenants.label(request.tenant)
         if self._nobody_counted(server, request):

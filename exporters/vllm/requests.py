@@ -109,6 +109,12 @@ class OpenRequest:
         return self.core_seen or self.frontend is not None
 
     @property
+    def was_closed(self) -> bool:
+        """Whether an agent before this one was told of its end, by all that told this one."""
+        told = [part.again for part in (self.end, self.answer) if part is not None]
+        return bool(told) and all(told)
+
+    @property
     def in_flight(self) -> bool:
         """Not ended, as far as anybody told."""
         return self.end is None and self.answer is None and self.died_at is None

@@ -132,7 +132,14 @@ def test_the_engines_own_span_is_a_link() -> None:
     "request_, expected",
     [
         (
-            ended(queue_ns=None, prefill_ns=None, decode_ns=None, gpu_ns=None, outcome="abort"),
+            ended(
+                queue_ns=None,
+                prefill_ns=None,
+                decode_ns=None,
+                first_token_ns=None,
+                gpu_ns=None,
+                outcome="abort",
+            ),
             [("queue", 0, 4)],
         ),
         (ended(prefill_ns=None, decode_ns=None, outcome="abort"), [("queue", 0, 1), ("prefill", 1, 4)]),
@@ -140,8 +147,14 @@ def test_the_engines_own_span_is_a_link() -> None:
         (ended(request_id="", outcome="rejected", queue_ns=None, prefill_ns=None, decode_ns=None), []),
         # Its core died and told nothing of when it was scheduled; it did run.
         (ended(queue_ns=None, prefill_ns=None, decode_ns=None, outcome="error"), []),
+        # What its core told was lost: it was answered, so it ran.
+        (ended(queue_ns=None, prefill_ns=None, decode_ns=None, gpu_ns=None, first_token_ns=None), []),
+        (ended(queue_ns=None, prefill_ns=None, decode_ns=None, gpu_ns=None, outcome="abort"), []),
     ],
-    ids=["never scheduled", "in its prompt", "in decode", "rejected", "unknown"],
+    ids=[
+        *("never scheduled", "in its prompt", "in decode", "rejected", "unknown"),
+        *("no word of the core", "aborted without it"),
+    ],
 )
 def test_phases_go_as_far_as_the_request_came(
     request_: EndedRequest, expected: list[tuple[str, float, float]]

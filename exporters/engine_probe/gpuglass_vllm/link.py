@@ -37,6 +37,9 @@ RETRY = (0.25, 5.0)
 """Seconds until the first and, doubled each time, the last attempt to connect again."""
 EVENTS = 4096
 """Events kept while they cannot be sent."""
+ENDED_SECONDS, ENDED = 5.0, 1024
+"""Ends of requests that are told again to the next agent: those of the last seconds before the connection
+broke, and how many at most. The agent that went may have heard one half of them only."""
 STATE_INTERVAL = 1.0
 """Seconds between reports of the probe's own state."""
 _GIVE_WAY = 32
@@ -89,6 +92,8 @@ class Link:
         self._settings = settings.current()
         self._sender = secrets.token_hex(8)
         self._events: deque[records.Record] = deque()
+        self._ended: deque[tuple[float, records.RequestEnd | records.RequestAnswered]] = deque(maxlen=ENDED)
+        """When ends were sent on this connection."""
         self._encoder = msgspec.msgpack.Encoder()
         self._acks = msgspec.msgpack.Decoder(records.Ack)
         self._socket: socket.socket | None = None
@@ -193,6 +198,8 @@ class Link:
         self._receive_acks()
         if self._socket is None or not self._say_hello():
             return
+        while self._ended and self._ended[0][0] < time.monotonic() - ENDED_SECONDS:
+            self._ended.popleft()
         if self._send_events() and self._send_states(everything=self._incomplete):
             self._send_sums()
 
@@ -246,6 +253,10 @@ class Link:
         self._said = hello
         if said is None:
             self._incomplete = True
+            self._events.extendleft(
+                msgspec.structs.replace(end, again=True) for _, end in reversed(self._ended)
+            )
+            self._ended.clear()
         return True
 
     def _send_events(self) -> bool:
@@ -257,6 +268,10 @@ class Link:
                     # know requests by their ids. Batches are small, and this happens once per reconnection.
                     self._events.extendleft(reversed(taken))
                     return False
+            now = time.monotonic()
+            for record in taken:
+                if isinstance(record, (records.RequestEnd, records.RequestAnswered)):
+                    self._ended.append((now, record))
         return True
 
     def _send_states(self, everything: bool) -> bool:
@@ -317,6 +332,8 @@ class Link:
                 data = self._socket.recv(256, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # the agent went without having read all; what it acknowledged before is still here
             except OSError:
                 data = b""
             if not data:

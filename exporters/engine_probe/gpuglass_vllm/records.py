@@ -237,6 +237,8 @@ class RequestAnswered(_Record, tag="request_answered", frozen=True, kw_only=True
     max_tokens: int = 0
     lora: str = ""
     """As in `RequestStart`, which an agent that was started in between has not heard."""
+    again: bool = False
+    """As in `RequestEnd`."""
 
 
 class RequestRefused(_Record, tag="request_refused", frozen=True, kw_only=True):
@@ -301,6 +303,9 @@ class RequestEnd(_Record, tag="request_end", frozen=True, kw_only=True):
     peak_blocks: float = 0.0
     kv_block_ns: float = 0.0
     """Integral of blocks held over time."""
+    again: bool = False
+    """An agent before this one was told, a moment before it went. It completes what another process tells for
+    the first time; alone it is no news."""
 
 
 class GpuProgress(_Record, tag="gpu_progress", frozen=True, kw_only=True):

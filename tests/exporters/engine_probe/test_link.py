@@ -167,6 +167,81 @@ def test_what_was_not_acknowledged_is_sent_again_unchanged(
     second_agent.close()
 
 
+def test_an_acknowledgement_before_a_sudden_end_counts(
+    agent: Agent, link: Link, source: Source, path: Path
+) -> None:
+    source.pending = [tokens(1)]
+    link.start()
+    agent.accept()
+    seq, _ = agent.next_sum()
+    agent.until(lambda seq, item: item["type"] == "pool")
+    with link._lock:  # it reads nothing until the agent has gone
+        link._send_packet(0, [])  # what the agent leaves unread, the kernel tells as an error
+        agent.ack(seq)
+        agent.close()
+    second_agent = Agent(path)
+    source.pending.append(tokens(2))
+    second_agent.accept()
+    assert second_agent.next_sum() == (seq + 1, {"type": "tenant", "tenant": "a", "output_tokens": 2})
+    second_agent.close()
+
+
+def end(request_id: str) -> records.RequestEnd:
+    return records.RequestEnd(at=2, request_id=request_id, outcome="stop", arrival_ns=1)
+
+
+def requests_until(agent: Agent, last: str) -> list[tuple[str, str, bool]]:
+    """Type, id and `again` of what is told of requests, up to a request."""
+    seen = []
+
+    def note(seq: int, item: dict[str, Any]) -> bool:
+        if "request_id" in item:
+            seen.append((item["type"], item["request_id"], item.get("again", False)))
+        return item.get("request_id") == last
+
+    agent.until(note)
+    return seen
+
+
+def test_the_last_ends_are_told_to_the_next_agent_again(agent: Agent, link: Link, path: Path) -> None:
+    link.start()
+    agent.accept()
+    link.event(records.RequestStart(at=1, request_id="0"))
+    link.event(end("1"))
+    link.event(records.RequestAnswered(at=2, request_id="2", outcome="stop", duration_ns=1))
+    requests_until(agent, "2")
+    with link._lock:
+        agent.close()
+        link.event(end("3"))
+    second_agent = Agent(path)
+    second_agent.accept()
+    assert requests_until(second_agent, "3") == [
+        ("request_end", "1", True),
+        ("request_answered", "2", True),
+        ("request_end", "3", False),
+    ]
+    second_agent.close()
+
+
+def test_ends_of_long_ago_are_not_told_again(
+    agent: Agent, link: Link, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "ENDED_SECONDS", 0.0)
+    link.start()
+    agent.accept()
+    link.event(end("1"))
+    requests_until(agent, "1")
+    for _ in range(3):  # each flush tells of the pool
+        agent.until(lambda seq, item: item["type"] == "pool")
+    with link._lock:
+        agent.close()
+        link.event(end("2"))
+    second_agent = Agent(path)
+    second_agent.accept()
+    assert requests_until(second_agent, "2") == [("request_end", "2", False)]
+    second_agent.close()
+
+
 def test_without_an_agent_sums_stay_and_events_are_bounded(
     link: Link, source: Source, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,43 @@ def test_an_agent_that_stops_closes_what_is_told_from_both_sides(heard: Heard) -
     assert [told.request_id for told in heard.ended] == ["both"]
 
 
+@pytest.mark.parametrize("first", ["frontend", "core"])
+@pytest.mark.parametrize("again", [set(), {"core"}, {"frontend"}, {"core", "frontend"}])
+def test_what_one_agent_knew_by_half_the_next_one_completes(
+    heard: Heard, again: set[str], first: str
+) -> None:
+    """What both sides told the agent before, or the only side that told anything, is no news."""
+    world = heard.world
+    world.ledger.listening_since_ns = world.now
+    at = world.now - SECOND
+    told = {
+        "frontend": answered("r1", at, again="frontend" in again, **CONTEXT),
+        "core": end("r1", at, again="core" in again),
+    }
+    for role in sorted(told, key=lambda role: role != first):
+        world.tell(world.connect(role), told[role])
+        world.wait(1)
+    world.wait(60)
+    assert len(heard.ended) == (0 if len(again) == 2 else 1)
+    assert (world.value(families.REQUEST_DURATION) or 0) == len(heard.ended)
+    assert world.value(families.TRACKED) == 0
+    if heard.ended:
+        (ended,) = heard.ended
+        assert (ended.trace_id, ended.queue_ns, ended.output_tokens) == (TRACE, SECOND // 10, 20)
+
+
+@pytest.mark.parametrize("role", ["frontend", "core"])
+def test_half_of_an_end_that_was_told_before_is_no_news(heard: Heard, role: str) -> None:
+    world = heard.world
+    world.ledger.listening_since_ns = world.now
+    speaker = world.connect(role)
+    told = answered("r1", world.now, again=True) if role == "frontend" else end("r1", world.now, again=True)
+    world.tell(speaker, told)
+    world.wait(60)
+    assert heard.ended == [] and not world.value(families.REQUEST_DURATION)
+    assert not any(sample.value for sample in world.find(families.UNTRACKED))
+
+
 def test_a_request_of_which_no_frontend_told_has_an_unknown_caller(heard: Heard) -> None:
     world = heard.world
     core = world.connect("core")
