@@ -1,12 +1,11 @@
-"""What the tests of the bridge share: certificates, one Jaeger, one vLLM."""
+"""What the tests of the bridge share: certificates, one Jaeger, one vLLM (both started ahead)."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.support import tools, vllm_environment
+from tests.support.ahead import prepared, short_folder
 from tests.support.jaeger import Jaeger, running_jaeger
 from tests.support.vllm import RunningVllm, running_vllm
 from tests.support.vllm_models import make_model
@@ -62,27 +62,37 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return found
 
 
-@pytest.fixture(scope="session")
-def jaeger_program() -> Path:
-    """Jaeger 2; needs jaeger."""
+def _jaeger_program() -> Path:
     program = tools.JAEGER.program("jaeger")
     assert program, 'mark the test with @pytest.mark.needs("jaeger")'
     return program
 
 
+def _make_jaeger(stack: ExitStack) -> Jaeger:
+    return stack.enter_context(running_jaeger(_jaeger_program(), short_folder(stack)))
+
+
+JAEGER = prepared("jaeger", _make_jaeger)
+
+
 @pytest.fixture(scope="session")
-def jaeger(jaeger_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
+def jaeger_program() -> Path:
+    """Jaeger 2; needs jaeger."""
+    return _jaeger_program()
+
+
+@pytest.fixture(scope="session")
+def jaeger() -> Iterator[Jaeger]:
     """One Jaeger for all tests; needs jaeger."""
-    with running_jaeger(jaeger_program, tmp_path_factory.mktemp("jaeger")) as running:
-        yield running
+    yield JAEGER.get()
+    JAEGER.close()
 
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """A folder with a short name: the path of a Unix socket has at most 107 bytes."""
-    folder = Path(tempfile.mkdtemp(prefix="gpuglass-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """A folder with a short name."""
+    with ExitStack() as stack:
+        yield short_folder(stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +105,25 @@ class Traced:
     jaeger: Jaeger
 
 
-@pytest.fixture(scope="session")
-def traced(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    """One server for all tests: chunked prefill, 79 blocks of 32 tokens; needs vllm and jaeger."""
-    folder = Path(tempfile.mkdtemp(prefix="gpuglass-"))
-    model = make_model("tiny-qwen3-moe", tmp_path_factory.mktemp("qwen"))
-    site = vllm_environment.site_folder(tmp_path_factory.mktemp("probe"))
+def _make_traced(stack: ExitStack) -> Traced:
+    folder = short_folder(stack)
+    model = make_model("tiny-qwen3-moe", short_folder(stack))
+    site = vllm_environment.site_folder(short_folder(stack))
     args = (
         *("--block-size", "32", "--num-gpu-blocks-override", "80", "--max-num-batched-tokens", "512"),
-        *("--middleware", "gpuglass_vllm.middleware.Middleware", "--otlp-traces-endpoint", jaeger.grpc),
+        *("--middleware", "gpuglass_vllm.middleware.Middleware", "--otlp-traces-endpoint", JAEGER.get().grpc),
     )
     env = {"OTEL_SERVICE_NAME": "vllm-itself", "OTEL_BSP_SCHEDULE_DELAY": "500", "GPUGLASS_STEPS_EVERY": "10"}
     socket = folder / "agent.sock"
-    with running_vllm(folder, model, args, site=site, socket=socket, env=env) as server:
-        yield Traced(server, socket, jaeger)
-    shutil.rmtree(folder, ignore_errors=True)
+    server = running_vllm(folder, model, args, site=site, socket=socket, env=env)
+    return Traced(stack.enter_context(server), socket, JAEGER.get())
+
+
+TRACED = prepared("traced", _make_traced)
+
+
+@pytest.fixture(scope="session")
+def traced(jaeger: Jaeger) -> Iterator[Traced]:
+    """One server for all tests: chunked prefill, 79 blocks of 32 tokens; needs vllm and jaeger."""
+    yield TRACED.get()
+    TRACED.close()

@@ -24,7 +24,7 @@ from tests.support.prometheus import Prometheus, PrometheusError, running_promet
 
 FloatArray = NDArray[np.float64]
 FLAGS = (RETENTION, "--query.max-samples=200000000")
-_BLOCK_HOURS = 54
+_BLOCK_HOURS = 162
 """Prometheus' blocks grow by powers of three from two hours."""
 _MAX_POINTS = 10_000
 

@@ -15,6 +15,7 @@ MACHINERY = "the tests' own machinery"
 ROOMS = {
     "tests/gpuglass/test_demo.py": DEMO,
     "tests/test_support.py": MACHINERY,
+    "tests/test_ahead.py": MACHINERY,
     "tests/test_vllm_rig.py": MACHINERY,
     "tests/fakes/": MACHINERY,
     "tests/exporters/vllm/": "receiver and ledger",

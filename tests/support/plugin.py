@@ -1,4 +1,5 @@
-"""The pytest plugin behind tests/conftest.py: requirements, time budgets, no process left behind.
+"""The pytest plugin behind tests/conftest.py: requirements, time budgets, what is made ahead, no
+process left behind.
 
 In: `needs` marks, and `GPUGLASS_REQUIRE`, `GPUGLASS_BUDGETS` from the environment. Out: tests that are
 skipped or failed with a command that mends it, a summary of what was not run, a failing session when a room
@@ -14,6 +15,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from tests.support import processes
+from tests.support.ahead import Ahead
 from tests.support.budgets import Spent
 from tests.support.requirements import (
     REQUIREMENTS,
@@ -126,11 +128,21 @@ class Budgets:
             terminalreporter.write_line(line, red=True)
 
 
+def _fixtures_of_tests_that_run(session: pytest.Session) -> Iterator[str]:
+    """In the order of the tests; not of those that lack something, or still wait for it."""
+    provision = session.config.stash[PROVISION]
+    for item in session.items:
+        if not any(provision.is_pending(name) or provision.lacking(name) for name in needs(item)):
+            yield from getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the session if a process that a test started outlives it."""
     mark = processes.mark_session()
+    ahead = Ahead(_fixtures_of_tests_that_run(request.session))
     yield
+    ahead.stop()
     request.config.stash[PROVISION].stop()
     if left := processes.survivors(mark):
         processes.kill(left)

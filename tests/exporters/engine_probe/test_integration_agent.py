@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Exemplar
 
 from gpuglass.demo.scenario import Scenario
-from tests.exporters.engine_probe.conftest import Probed
+from tests.exporters.engine_probe.conftest import SMALL, Probed
 from tests.support.agent import RunningAgent, running_agent
+from tests.support.ahead import prepared, short_folder
 from tests.support.load import Load, Reply, complete, running_load, tokens, trace_id, traceparent
 from tests.support.vllm import BLOCK_TOKENS, KV_BLOCKS
 
-pytestmark = [pytest.mark.needs("vllm", "cc"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("vllm", "cc"), pytest.mark.timeout(600)]
 
 POOL = KV_BLOCKS - 1
 AWAY_SECONDS = 60
@@ -151,40 +154,85 @@ def _gpu_seconds(agent: RunningAgent) -> tuple[float, float]:
     return tenants, sum(s.value for s in parts if s.labels["part"] in ("prefill", "decode"))
 
 
-def test_tenant_totals_survive_a_minute_without_the_agent_and_its_kill(
-    probed: Probed, tmp_path: Path
-) -> None:
-    """The agent hangs for a minute under load, is killed and started anew: nothing is lost or doubled."""
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What clients and agents count of each tenant; GPU-seconds of all tenants, and those of all requests."""
+
+    clients_before: dict[str, tuple[float, float, float]]
+    agent_before: dict[str, tuple[float, float, float]]
+    clients_away: dict[str, tuple[float, float, float]]
+    agent_away: dict[str, tuple[float, float, float]]
+    agent_later: dict[str, tuple[float, float, float]]
+    gpu_seconds: tuple[float, float]
+    failed: list[Reply]
+    answered: int
+
+
+def _count(ending: ExitStack) -> Totals:
+    """An agent hangs for a minute under load, is killed and started anew."""
     tenants = ("mercury", "venus", "mars")
-    first_folder, second_folder = tmp_path / "first", tmp_path / "second"
-    for folder in (first_folder, second_folder):
-        folder.mkdir()
-    with running_agent(first_folder, Scenario().gpus(1), _config(probed)) as agent:
-        _wait_for_engine(agent)
-        with running_load(probed.address, _streams(tenants)) as before:
-            time.sleep(5)
-        truth = {tenant: before.usage(tenant) for tenant in tenants}
-        agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 60)
-        # What was published is what was acknowledged once the next round is there.
-        agent.wait(lambda: _gpu_seconds(agent)[0] > 0, "GPU-seconds", 60)
-        agent.process.send_signal(signal.SIGSTOP)
-        with running_load(probed.address, _streams(tenants)) as away:
-            time.sleep(AWAY_SECONDS)
-            agent.stop(signal.SIGKILL)
-            with running_agent(second_folder, Scenario().gpus(1), _config(probed)) as second:
-                _wait_for_engine(second)
-                time.sleep(3)
-                away.stop()
-                _see_all(second, away, tenants)
-    assert not before.failed() and not away.failed()
-    assert away.answered() > 200
+    folder, kept = short_folder(ending), SMALL.get()
+    first_folder, second_folder = folder / "first", folder / "second"
+    for made in (first_folder, second_folder):
+        made.mkdir()
+
+    def counted(agent: RunningAgent) -> dict[str, tuple[float, float, float]]:
+        return {tenant: _totals(agent, tenant) for tenant in tenants}
+
+    def settled(agent: RunningAgent, load: Load) -> tuple[dict[str, Any], dict[str, Any]]:
+        truth = {tenant: load.usage(tenant) for tenant in tenants}
+        agent.wait(lambda: counted(agent) == truth, "totals of the clients", 60)
+        return truth, counted(agent)
+
+    with kept.turn:
+        probed = kept.get()
+        with running_agent(first_folder, Scenario().gpus(1), _config(probed)) as agent:
+            _wait_for_engine(agent)
+            with running_load(probed.address, _streams(tenants)) as before:
+                time.sleep(5)
+            clients_before, agent_before = settled(agent, before)
+            # What was published is what was acknowledged once the next round is there.
+            agent.wait(lambda: _gpu_seconds(agent)[0] > 0, "GPU-seconds", 60)
+            agent.process.send_signal(signal.SIGSTOP)
+            with running_load(probed.address, _streams(tenants)) as away:
+                time.sleep(AWAY_SECONDS)
+                agent.stop(signal.SIGKILL)
+                with running_agent(second_folder, Scenario().gpus(1), _config(probed)) as second:
+                    _wait_for_engine(second)
+                    time.sleep(3)
+                    away.stop()
+                    clients_away, agent_away = settled(second, away)
+                    gpu_seconds = _gpu_seconds(second)
+                    time.sleep(6)  # another round of the slow tier changes nothing
+                    agent_later = counted(second)
+    failed = [*before.failed(), *away.failed()]
+    return Totals(
+        clients_before,
+        agent_before,
+        clients_away,
+        agent_away,
+        agent_later,
+        gpu_seconds,
+        failed,
+        away.answered(),
+    )
 
 
-def _see_all(agent: RunningAgent, load: Load, tenants: tuple[str, ...]) -> None:
-    truth = {tenant: load.usage(tenant) for tenant in tenants}
-    agent.wait(lambda: {t: _totals(agent, t) for t in tenants} == truth, "totals of the clients", 60)
-    divided = _gpu_seconds(agent)
-    assert divided[0] == pytest.approx(divided[1], rel=1e-6)
-    assert divided[0] > AWAY_SECONDS / 4
-    time.sleep(6)  # another round of the slow tier changes nothing
-    assert {t: _totals(agent, t) for t in tenants} == truth
+COUNTED = prepared("totals", _count)
+
+
+@pytest.fixture(scope="module")
+def totals() -> Iterator[Totals]:
+    yield COUNTED.get()
+    COUNTED.close()
+
+
+def test_tenant_totals_survive_a_minute_without_the_agent_and_its_kill(totals: Totals) -> None:
+    """Nothing is lost or doubled."""
+    assert totals.agent_before == totals.clients_before
+    assert totals.agent_away == totals.agent_later == totals.clients_away
+    tenants, divided = totals.gpu_seconds
+    assert tenants == pytest.approx(divided, rel=1e-6)
+    assert tenants > AWAY_SECONDS / 4
+    assert not totals.failed
+    assert totals.answered > 200

@@ -6,30 +6,22 @@ import errno
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from gpuglass_vllm import records
-from tests.exporters.engine_probe.conftest import MIDDLEWARE, TENANTS, Probed
+from tests.exporters.engine_probe.conftest import DEEPSEEK, MIDDLEWARE, SITE, TENANTS, Probed
+from tests.support.ahead import prepared, short_folder
 from tests.support.load import complete, complete_all, tokens
 from tests.support.probe_receiver import ProbeReceiver, running_receiver
-from tests.support.vllm import SMALL_POOL, running_vllm
+from tests.support.vllm import SMALL_POOL, RunningVllm, running_vllm
 
-pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 DISK_MEGABYTES = 256
-
-
-@pytest.fixture
-def small_disk(short_path: Path) -> Iterator[Path]:
-    """An empty file system of its own."""
-    folder = short_path / "disk"
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "gpuglass-test", str(folder)]
-    subprocess.run(["mount", *options], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def _fill(folder: Path) -> None:
@@ -50,22 +42,48 @@ FAULTY = (
 """All but those without which a role installs nothing, so that these are reached; offline, all raise."""
 
 
-@pytest.mark.needs("root")
-def test_hooks_raise_and_the_disk_is_full(probe_site: Path, deepseek: Path, small_disk: Path) -> None:
-    faulty = {"GPUGLASS_FAULT": ",".join(FAULTY), "TMPDIR": str(small_disk), "HOME": str(small_disk)}
-    socket = small_disk / "agent.sock"
+@dataclass(frozen=True, slots=True)
+class Faulty:
+    """A server with a probe whose hooks raise; its files are on an empty file system of its own."""
+
+    server: RunningVllm
+    socket: Path
+    disk: Path
+
+
+def _make_faulty(stack: ExitStack) -> Faulty:
+    disk = short_folder(stack) / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "gpuglass-test", str(disk)]
+    subprocess.run(["mount", *options], check=True)
+    stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
+    socket = disk / "agent.sock"
+    env = {"GPUGLASS_FAULT": ",".join(FAULTY), "TMPDIR": str(disk), "HOME": str(disk)}
     args = (*SMALL_POOL, *MIDDLEWARE)
-    with (
-        running_receiver(socket) as heard,
-        running_vllm(
-            small_disk, deepseek, args, site=probe_site, socket=socket, env=faulty | TENANTS
-        ) as server,
-    ):
+    server = running_vllm(disk, DEEPSEEK.get(), args, site=SITE.get(), socket=socket, env=env | TENANTS)
+    return Faulty(stack.enter_context(server), socket, disk)
+
+
+FAULTY_SERVER = prepared("faulty", _make_faulty)
+
+
+@pytest.fixture
+def faulty() -> Iterator[Faulty]:
+    """Nobody listens to it yet. Only one test can have it."""
+    yield FAULTY_SERVER.get()
+    FAULTY_SERVER.close()
+
+
+@pytest.mark.needs("root")
+def test_hooks_raise_and_the_disk_is_full(faulty: Faulty) -> None:
+    server = faulty.server
+    with running_receiver(faulty.socket) as heard:
+        heard.wait(lambda: len(heard.senders()) >= 3, "all roles")
         for _ in range(4):  # after three errors a hook is off
             assert complete(server.address, tokens(20, 1), 3).output_tokens == 3
             assert complete(server.address, tokens(20, 1), 1_000_000).status == 400
         complete(server.address, tokens(20, 2), 1000, hang_up_after=3)
-        _fill(small_disk)
+        _fill(faulty.disk)
         requests = [
             # Together they need more blocks than there are: some are preempted.
             {"prompt": tokens(10 + n % 90, n), "max_tokens": 1 + n % 40, "stream": n % 3 == 0}

@@ -27,7 +27,7 @@ from tests.support.probe_receiver import ProbeReceiver, running_receiver
 from tests.support.vllm import BLOCK_TOKENS, KV_BLOCKS
 from tests.support.vllm_models import deepseek_parameters
 
-pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 POOL = KV_BLOCKS - 1
 """vLLM keeps one block as null block."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from gpuglass_vllm import records
-from tests.exporters.engine_probe.conftest import MIDDLEWARE, TENANTS, Probed
+from tests.exporters.engine_probe.conftest import Probed
 from tests.support.load import Reply, complete, complete_all, tokens
-from tests.support.probe_receiver import ProbeReceiver, running_receiver
-from tests.support.vllm import RunningVllm, cores, running_vllm
+from tests.support.probe_receiver import ProbeReceiver
+from tests.support.vllm import RunningVllm
 
-pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 LONG = 1200
 """Output tokens of a request that does not end by itself in these tests."""
@@ -68,34 +67,15 @@ def test_kill_9_of_the_engine_core(probed: Probed, receiver: ProbeReceiver) -> N
     probed.server.wait(lambda: not probed.server.alive, "the end of the server")
 
 
-def test_tensor_parallel_ranks_and_kill_9_of_a_worker(probe_site: Path, qwen: Path, short_path: Path) -> None:
-    socket = short_path / "agent.sock"
-    args = (
-        "--tensor-parallel-size",
-        "2",
-        "--block-size",
-        "32",
-        "--num-gpu-blocks-override",
-        "80",
-        *MIDDLEWARE,
-    )
-    bound = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores()[0]}|{cores()[-1]}"}
-    with (
-        running_receiver(socket) as receiver,
-        running_vllm(short_path, qwen, args, site=probe_site, socket=socket, env=bound | TENANTS) as server,
-    ):
-        receiver.wait(lambda: len(receiver.senders()) >= 4, "all roles")
-        receiver.settle()
-        receiver.forget()
-        _check_ranks(server, receiver)
-        receiver.forget()
-        with _long_requests(server.address, receiver, 2) as replies:
-            server.kill(server.pids("worker")[1])
-        _see_what_is_left(receiver, replies, 2)
-        assert not any(reply.ok for reply in replies)
-        assert receiver.tenant("red")["requests"] == {"error/engine": 2}
-        server.wait(lambda: not server.alive, "the end of the server")
-        assert not receiver.faults
+def test_tensor_parallel_ranks_and_kill_9_of_a_worker(ranks: Probed, ranks_receiver: ProbeReceiver) -> None:
+    _check_ranks(ranks.server, ranks_receiver)
+    ranks_receiver.forget()
+    with _long_requests(ranks.address, ranks_receiver, 2) as replies:
+        ranks.server.kill(ranks.server.pids("worker")[1])
+    _see_what_is_left(ranks_receiver, replies, 2)
+    assert not any(reply.ok for reply in replies)
+    assert ranks_receiver.tenant("red")["requests"] == {"error/engine": 2}
+    ranks.server.wait(lambda: not ranks.server.alive, "the end of the server")
 
 
 def _check_ranks(server: RunningVllm, receiver: ProbeReceiver) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from gpuglass_vllm import records
+from tests.exporters.engine_probe.conftest import SITE
+from tests.support.ahead import Prepared, prepared, short_folder
 from tests.support.load import tokens
 from tests.support.probe_receiver import ProbeReceiver, running_receiver
 from tests.support.vllm import run_offline
 from tests.support.vllm_models import make_model
 
-pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 OFFLINE = Path(__file__).with_name("offline_variants.py")
 OUTPUT = 40
@@ -21,16 +26,48 @@ PROMPTS = [tokens(20 + n, n) * 3 for n in range(8)]
 PROMPT_TOKENS = sum(map(len, PROMPTS))
 
 
-def _run(kind: str, site: Path, folder: Path) -> tuple[list[int], ProbeReceiver]:
-    socket = folder / "agent.sock"
-    model = make_model("tiny-qwen3", folder / "model")
-    request = {"model": str(model), "kind": kind, "prompts": PROMPTS, "max_tokens": OUTPUT}
-    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with running_receiver(socket) as heard:
-        sizes = run_offline(OFFLINE, request, folder=folder, site=site, socket=socket, env=one_process)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The size of each request's output, and what was heard."""
+
+    sizes: list[int]
+    heard: ProbeReceiver
+
+
+def _prepared(kind: str) -> Prepared[Run]:
+    def make(stack: ExitStack) -> Run:
+        folder = short_folder(stack)
+        socket = folder / "agent.sock"
+        model = make_model("tiny-qwen3", folder / "model")
+        request = {"model": str(model), "kind": kind, "prompts": PROMPTS, "max_tokens": OUTPUT}
+        one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        with running_receiver(socket) as heard:
+            sizes = run_offline(
+                OFFLINE, request, folder=folder, site=SITE.get(), socket=socket, env=one_process
+            )
+        return Run(sizes, heard)
+
+    return prepared(kind, make)
+
+
+ADAPTERS, POOLING = _prepared("adapters"), _prepared("pooling")
+
+
+@pytest.fixture(scope="module")
+def adapters() -> Iterator[Run]:
+    yield ADAPTERS.get()
+    ADAPTERS.close()
+
+
+@pytest.fixture(scope="module")
+def pooling() -> Iterator[Run]:
+    yield POOLING.get()
+    POOLING.close()
+
+
+def _see_no_fault(heard: ProbeReceiver) -> None:
     assert not heard.faults
     assert not any(state.hook_errors for state in heard.of(records.ProbeState))
-    return sizes, heard
 
 
 def _see_time_add_up(heard: ProbeReceiver) -> tuple[int, int]:
@@ -41,8 +78,9 @@ def _see_time_add_up(heard: ProbeReceiver) -> tuple[int, int]:
     return sum(step.prefill_tokens for step in steps), sum(step.decode_tokens for step in steps)
 
 
-def test_adapters_and_tokens_guessed_ahead(probe_site: Path, short_path: Path) -> None:
-    sizes, heard = _run("adapters", probe_site, short_path)
+def test_adapters_and_tokens_guessed_ahead(adapters: Run) -> None:
+    sizes, heard = adapters.sizes, adapters.heard
+    _see_no_fault(heard)
     assert sizes == [OUTPUT] * len(PROMPTS)
     assert [e.output_tokens for e in heard.of(records.RequestEnd)] == sizes
     total = heard.tenant()
@@ -53,8 +91,9 @@ def test_adapters_and_tokens_guessed_ahead(probe_site: Path, short_path: Path) -
     assert decode > (OUTPUT - 1) * len(PROMPTS), "void: no token was guessed"
 
 
-def test_a_pooling_model(probe_site: Path, short_path: Path) -> None:
-    sizes, heard = _run("pooling", probe_site, short_path)
+def test_a_pooling_model(pooling: Run) -> None:
+    sizes, heard = pooling.sizes, pooling.heard
+    _see_no_fault(heard)
     assert sizes == [128] * len(PROMPTS)
     ends = heard.of(records.RequestEnd)
     assert [(e.outcome, e.output_tokens) for e in ends] == [("stop", 0)] * len(PROMPTS)
