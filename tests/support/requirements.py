@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from gpuglass.demo import distribution
-from tests.support import npm, tools, vllm_environment
+from tests.support import cudart, npm, tools, vllm_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,6 +219,13 @@ REQUIREMENTS = {
             vllm_environment.describe_missing,
             "GPUGLASS_REQUIRE=vllm make test (6 GB, minutes once; x86_64, Python 3.11 to 3.13)",
             vllm_environment.install,
+        ),
+        Requirement(
+            "cudart",
+            "NVIDIA's CUDA runtime libraries 12 and 13, from tests/tools/cudart",
+            lambda: None if cudart.libraries() else "they are not installed yet",
+            "GPUGLASS_REQUIRE=cudart make test (6 MB)",
+            cudart.install,
         ),
         Requirement(
             "grpc",
