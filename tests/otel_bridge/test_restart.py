@@ -40,8 +40,6 @@ pytestmark = [pytest.mark.needs("vllm", "jaeger", "cc"), pytest.mark.timeout(600
 numbers = count(70)
 """Of requests and their traces: no two are equal, however often the tests run on one server."""
 PROMPT, OUTPUT = 40, 1200
-FREEZE_AT = 60
-"""Piece of the answer at which the engine stops: most of it is still to come."""
 
 
 @dataclass
@@ -65,7 +63,8 @@ class Asking:
         )
 
     def _at_chunk(self, chunk: int) -> None:
-        if chunk == FREEZE_AT:
+        # The first one: an engine may be far ahead of an API server that a loaded machine holds up.
+        if chunk == 1:
             os.kill(self.frozen_pid, signal.SIGSTOP)
             self.frozen.set()
 
