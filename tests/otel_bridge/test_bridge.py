@@ -24,7 +24,7 @@ from otel_bridge.transport import Reply, make
 from tests.otel_bridge.made import CORE, FRONTEND, TRACE, WORKER, at, ended, start, step, unix
 from tests.otel_bridge.sink import grpc_sink
 
-SECONDS = 30.0
+SECONDS = 60.0
 OK = Reply("ok")
 
 

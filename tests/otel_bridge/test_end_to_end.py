@@ -152,15 +152,17 @@ def test_steps_link_the_requests_that_shared_them(traced: Traced, agent: Running
 
 
 def test_an_aborted_request_has_a_complete_trace(traced: Traced, agent: RunningAgent) -> None:
-    ask(traced, 20, 100, 1500, hang_up_after=20)
+    # Long before its end, though a loaded server sends several tokens in one piece.
+    ask(traced, 20, 100, 1500, hang_up_after=2)
     spans = fetch(traced, 20, itself=False)
     root = check_tree(spans)
     assert root.error and root.attributes["error.type"] == "aborted"
     assert root.attributes["gpuglass.outcome"] == "abort"
     assert [span.name for span in spans if span.name in PHASES] == PHASES
     assert named(spans, "engine.step") and named(spans, "prefill.chunk")
-    total = sum(length(named(spans, name)[0]) for name in PHASES)
-    assert total == pytest.approx(length(root), rel=0.05, abs=30_000_000)
+    queue, prefill, decode = (named(spans, name)[0] for name in PHASES)
+    assert root.begin_ns <= queue.begin_ns and decode.end_ns <= root.end_ns
+    assert (queue.end_ns, prefill.end_ns) == (prefill.begin_ns, decode.begin_ns)
     assert not [span for span in spans if span.name == "llm_request"], "vLLM itself shows nothing of it"
 
 
@@ -212,7 +214,7 @@ def test_an_exemplar_in_prometheus_leads_to_the_trace(
     scrape = [{"job_name": "gpuglass", "static_configs": [{"targets": [agent.address]}]}]
     with running_prometheus(debian_prometheus, scrape, tmp_path) as prometheus:
         prometheus.wait_for('up{job="gpuglass"} == 1')
-        assert ask(traced, 60, 300, 60).ok
+        assert ask(traced, 60, 300, 300).ok
 
         def exemplars() -> list[Any]:
             now = time.time()

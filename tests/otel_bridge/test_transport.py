@@ -27,7 +27,7 @@ from tests.support.jaeger import Jaeger
 from tests.support.ports import free_port
 
 BODY = encode([Trace((), [Span("queue", Context(b"t" * 16, b"s" * 8), b"", 1, 2)])])
-SECONDS = 20.0
+SECONDS = 60.0
 PROTOCOLS = ("grpc", "http")
 
 
