@@ -37,9 +37,10 @@ RETRY = (0.25, 5.0)
 """Seconds until the first and, doubled each time, the last attempt to connect again."""
 EVENTS = 4096
 """Events kept while they cannot be sent."""
-ENDED_SECONDS, ENDED = 5.0, 1024
+ENDED_SECONDS, ENDED = 2.0, 1024
 """Ends of requests that are told again to the next agent: those of the last seconds before the connection
-broke, and how many at most. The agent that went may have heard one half of them only."""
+broke, and how many at most. The agent that went may have heard one half of them only, and waited so long for
+the other one."""
 STATE_INTERVAL = 1.0
 """Seconds between reports of the probe's own state."""
 _GIVE_WAY = 32
