@@ -203,7 +203,10 @@ def requests_until(agent: Agent, last: str) -> list[tuple[str, str, bool]]:
     return seen
 
 
-def test_the_last_ends_are_told_to_the_next_agent_again(agent: Agent, link: Link, path: Path) -> None:
+def test_the_last_ends_are_told_to_the_next_agent_again(
+    agent: Agent, link: Link, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "ENDED_SECONDS", 60.0)
     link.start()
     agent.accept()
     link.event(records.RequestStart(at=1, request_id="0"))
