@@ -106,7 +106,11 @@ CLOCK_ERROR = _name(
 )
 KERNEL = _name("gpuglass.kernel.name", _KERNEL, "the kernel; `other` for all that are not shown")
 STREAM = _name("gpuglass.kernel.stream", _KERNEL, "CUDA stream")
-KERNEL_SECONDS = _name("gpuglass.kernel.seconds", _KERNEL, "its time; of `other`, the sum")
+KERNEL_SECONDS = _name(
+    "gpuglass.kernel.seconds",
+    _KERNEL,
+    "its share of the device's time (shared where several run); of `other`, the sum",
+)
 KERNELS = _name("gpuglass.kernel.count", _KERNEL, "how many kernels `other` stands for")
 
 # Own: events

@@ -308,12 +308,13 @@ class StepLinks:
 def kernels(record: records.StepKernels) -> Iterable[tuple[int, int, Attributes]]:
     """Begin, end (monotonic) and attributes of each kernel, the sum of all others last."""
     error = record.error_ns / 1e9
-    rows = zip(record.names, record.streams, record.begin_ns, record.duration_ns, strict=True)
-    for name, stream, begin, took in rows:
+    had = record.device_ns or record.duration_ns
+    rows = zip(record.names, record.streams, record.begin_ns, record.duration_ns, had, strict=True)
+    for name, stream, begin, took, device in rows:
         told: Attributes = (
             (names.KERNEL, name),
             (names.STREAM, stream),
-            (names.KERNEL_SECONDS, took / 1e9),
+            (names.KERNEL_SECONDS, device / 1e9),
             (names.CLOCK_ERROR, error),
         )
         yield begin, begin + took, told

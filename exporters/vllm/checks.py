@@ -416,6 +416,7 @@ def _kernels(record: records.StepKernels, hello: records.Hello) -> bool:
     return (
         count <= records.MAX_KERNELS
         and len(record.streams) == len(record.begin_ns) == len(record.duration_ns) == count
+        and len(record.device_ns) in (0, count)
         and record.begun_ns <= record.ended_ns
     )
 

@@ -644,7 +644,7 @@ class Bench:
 
         watched: list[tuple[Any, str]] = [
             (gpu_clock.EventClock, "begin forward end poll _recorded"),
-            (worker.Probe, "_changed_batch _begin _see_padding _count_experts drain_clock"),
+            (worker.Probe, "_changed_batch _see_padding _count_experts drain_clock"),
             (attribution.Ledger, "observe gains sums"),
             (core.CoreProbe, "on_schedule on_update states sums"),
             (experts.Experts, "begin finish drain"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from gpuglass_vllm import identity, kv, marks, records
 from gpuglass_vllm.hooks import Hook, table, wrap
-from gpuglass_vllm.link import Link
+from gpuglass_vllm.link import Link, give_way
 from gpuglass_vllm.tenants import TenantTable
 
 logger = logging.getLogger("gpuglass_vllm")
@@ -470,7 +470,7 @@ class CoreProbe:
             for block in blocks[begin : begin + 512 * stride : stride]:
                 if block.ref_cnt == 0 and not block.is_null and block.block_hash is not None:
                     found += 1
-            time.sleep(0)
+            give_way()
         self._cached = (now, min(found * stride, self.pool.blocks))
 
 

@@ -75,13 +75,14 @@ class Anchors:
         after = self._now()
         return Anchor(event, (before + after) / 2, (after - before) / 2)
 
-    def place(self, begin: Event, end: Event) -> tuple[int, int, int]:
-        """When two events happened and the error of that, in nanoseconds; zeros before the first anchor."""
+    def place(self, begin: Event, end: Event, late_ns: float = 0.0) -> tuple[int, int, int]:
+        """When the first of two events (or so much later) and the second happened, and the error of that, in
+        nanoseconds; zeros before the first anchor."""
         anchor = self._latest
         if anchor is None:
             return 0, 0, 0
         to_end = anchor.event.elapsed_time(end) * 1e6
-        took = max(0.0, begin.elapsed_time(end)) * 1e6
+        took = max(0.0, begin.elapsed_time(end) * 1e6 - late_ns)
         end_ns = anchor.host_ns + to_end * self._rate
         error = anchor.error_ns + abs(to_end) * (self._rate_error + _RESOLUTION)
         return int(end_ns - took), int(end_ns), max(1, int(error))

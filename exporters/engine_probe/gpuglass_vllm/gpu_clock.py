@@ -100,10 +100,11 @@ class EventClock(Generic[Tag]):
         self._forward_ns = 0
         self._pace_ns = 0
         """From one forward pass to the next, when it was last seen that the device did not wait."""
-        self._launching = 0
-        """Since when a graph is being launched that the device waits for (ns); 0: none is."""
-        self.span: tuple[Event, Event] | None = None
-        """Begin and end of the step that is being delivered; only then they are still its own."""
+        self.launching = 0
+        """Since when a graph is being launched for which the device waits (ns); 0: none is."""
+        self.span: tuple[Event, Event, float] | None = None
+        """Begin and end of the step that is being delivered, and how long after its begin the device still
+        waited (ns); only then the events are still its own."""
         self.untimed = 0
         """Steps that were not timed because the device was too far behind."""
 
@@ -144,7 +145,7 @@ class EventClock(Generic[Tag]):
         if begin is not None:
             if self._query(begin):
                 self._record(begin)
-                self._launching = time.monotonic_ns()
+                self.launching = time.monotonic_ns()
             return
         pause, self._forward_ns = now - self._forward_ns, now
         if newest is None or entry.gap:
@@ -153,7 +154,7 @@ class EventClock(Generic[Tag]):
             self._behind += 1
         elif self._query(newest):
             entry.begin = self._recorded()
-            self._launching = time.monotonic_ns()
+            self.launching = time.monotonic_ns()
             self._behind = 0
         else:
             self._behind += 1
@@ -161,11 +162,10 @@ class EventClock(Generic[Tag]):
 
     def launched(self) -> None:
         """The graph is launched: a device that waited for it has it from now on."""
-        if self._launching:
-            entry, since = self._open, self._launching
-            self._launching = 0
-            if entry is not None:
-                entry.launch_ns = time.monotonic_ns() - since
+        entry, since = self._open, self.launching
+        self.launching = 0
+        if entry is not None and since:
+            entry.launch_ns = time.monotonic_ns() - since
 
     def pause(self) -> None:
         """The forward pass is queued; sampling follows."""
@@ -196,6 +196,7 @@ class EventClock(Generic[Tag]):
     def cancel(self) -> None:
         """The step failed: it is not timed."""
         entry, self._open = self._open, None
+        self.launching = 0
         if entry is not None:
             self._missed = True
             if entry.begin is not None:
@@ -226,7 +227,7 @@ class EventClock(Generic[Tag]):
         if end is None:
             deliver(entry.tag, 0.0, 0.0, 0.0)
             return
-        idle = unknown = 0.0
+        idle = unknown = launch = 0.0
         if begin is None:
             assert before is not None, "a step without a begin follows one that ended"
             busy = _ns(before, end)
@@ -240,7 +241,7 @@ class EventClock(Generic[Tag]):
                 idle, unknown = (0.0, pause) if entry.gap else (pause, 0.0)
         self._last_end = end
         first = begin or before
-        self.span = (first, end) if first is not None else None
+        self.span = (first, end, launch) if first is not None else None
         deliver(entry.tag, busy, idle, unknown)
         self.span = None
         # Only now: the other thread may record them anew at once.
@@ -263,6 +264,7 @@ class WallClock(Generic[Tag]):
     """Steps by the host's clock: the time that the engine's thread spends in them."""
 
     kind = "wall"
+    launching = 0
 
     def __init__(self, now: Callable[[], int] = time.perf_counter_ns) -> None:
         self._now = now
@@ -272,7 +274,7 @@ class WallClock(Generic[Tag]):
         self._since = 0
         self._begun = 0
         self._last_end = 0
-        self.span: tuple[Event, Event] | None = None
+        self.span: tuple[Event, Event, float] | None = None
         """There are no events."""
         self.untimed = 0
 

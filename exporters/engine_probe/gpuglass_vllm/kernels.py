@@ -1,9 +1,9 @@
 """What ran on the device in a step: a profiler around at most one step in some seconds. Off by default.
 
-The engine's thread starts the profiler, waits for the device at the step's end and stops it, which costs that
-step some milliseconds; the link's thread reads what was seen. What this takes is kept apart from the probe's
-own budget and has one of its own: a profiler that takes more is used less often, and one that takes far more
-not at all.
+The engine's thread waits for the device, starts the profiler, waits again at the step's end and stops it,
+which costs that step some milliseconds; the link's thread reads what was seen. What this takes is kept apart
+from the probe's own budget and has one of its own: a profiler that takes more is used less often, and one
+that takes far more not at all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ TOO_LONG_NS = 250_000_000
 """A profiled step that takes this much longer by the profiler alone ends profiling."""
 SHOWN = 12
 """Kernels of a step that are told one by one."""
+
+
+SWITCH_NS = 2000
+"""A pause up to this between two kernels is the device's own: it goes on to the next node of a graph."""
 
 
 class Kernel(NamedTuple):
@@ -112,10 +116,39 @@ class KernelSampler:
         return summary(step, kernels, self._now()) if kernels else None
 
 
+def device_time(kernels: Sequence[Kernel]) -> list[float]:
+    """What each kernel had of the device's time, in nanoseconds and in the order of `kernels`.
+
+    Where several run at once they share it, and the device's own pause before a kernel is that kernel's. So
+    the sum is the time in which the device was at work, as the step's own time is.
+    """
+    found = [0.0] * len(kernels)
+    points = sorted(
+        point
+        for index, kernel in enumerate(kernels)
+        for point in ((kernel.begin_ns, 1, index), (kernel.begin_ns + kernel.duration_ns, 0, index))
+    )
+    running: set[int] = set()
+    before = points[0][0] if points else 0
+    for at, begins, index in points:
+        if running:
+            for other in running:
+                found[other] += (at - before) / len(running)
+        elif at - before <= SWITCH_NS:
+            found[index] += at - before
+        before = at
+        if begins:
+            running.add(index)
+        else:
+            running.discard(index)
+    return found
+
+
 def summary(step: int, kernels: Sequence[Kernel], at: int, error_ns: int = 0) -> records.StepKernels:
     """The longest kernels of a step, and the others together."""
-    order = sorted(kernels, key=lambda kernel: -kernel.duration_ns)
-    shown, others = order[:SHOWN], order[SHOWN:]
+    had = device_time(kernels)
+    order = sorted(range(len(kernels)), key=lambda index: -kernels[index].duration_ns)
+    shown = [kernels[index] for index in order[:SHOWN]]
     return records.StepKernels(
         at=at,
         step=step,
@@ -123,9 +156,10 @@ def summary(step: int, kernels: Sequence[Kernel], at: int, error_ns: int = 0) ->
         streams=[max(0, kernel.stream) for kernel in shown],
         begin_ns=[kernel.begin_ns for kernel in shown],
         duration_ns=[kernel.duration_ns for kernel in shown],
+        device_ns=[round(had[index]) for index in order[:SHOWN]],
         error_ns=error_ns,
-        other_ns=sum(kernel.duration_ns for kernel in others),
-        others=len(others),
+        other_ns=round(sum(had[index] for index in order[SHOWN:])),
+        others=max(0, len(kernels) - SHOWN),
         begun_ns=min(kernel.begin_ns for kernel in kernels),
         ended_ns=max(kernel.begin_ns + kernel.duration_ns for kernel in kernels),
     )
@@ -140,8 +174,11 @@ class TorchProfiler:
 
     def start(self) -> None:
         """Begin to record."""
+        import torch
         from torch.profiler import ProfilerActivity, profile
 
+        # What is still queued belongs to the step before.
+        torch.cuda.synchronize(self._device)
         self._profile = profile(activities=[ProfilerActivity.CUDA])
         self._profile.start()
 

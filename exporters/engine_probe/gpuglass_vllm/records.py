@@ -545,8 +545,11 @@ class StepKernels(_Record, tag="kernels", frozen=True, kw_only=True):
     duration_ns: list[int]
     error_ns: int = 0
     """How far off the times may be."""
+    device_ns: list[int] = []
+    """What each had of the device's time: where several run at once they share it, and the device's own pause
+    before a kernel is that kernel's. Empty: not told."""
     other_ns: int = 0
-    """Time of all further ones together, and how many they are."""
+    """What all further ones had of it together, and how many they are."""
     others: int = 0
     begun_ns: int = 0
     """When the first of all began and the last one ended."""

@@ -92,8 +92,11 @@ class StepSamples:
         if has_chunks:
             self._chunks += _chunks(told)
 
-    def take(self, tid: int, cuda: bool) -> list[records.StepSample]:
-        """Records of the steps chosen since the last call; `tid` is the engine's thread."""
+    def take(
+        self, tid: int, cuda: bool, give_way: Callable[[], None] = lambda: None
+    ) -> list[records.StepSample]:
+        """Records of the steps chosen since the last call; `tid` is the engine's thread, to which the caller
+        may give way after each."""
         chosen, self._chosen = self._chosen, []
         self._firsts = self._regular = 0
         if self._longest is not None:
@@ -103,6 +106,7 @@ class StepSamples:
         for told in chosen:
             self._turn += 1
             records_of.append(_record(told, tid, cuda, self._turn))
+            give_way()
         return records_of
 
     def take_chunks(self) -> list[records.PrefillChunks]:

@@ -25,7 +25,7 @@ from gpuglass_vllm.experts import EVERY_CPU, EVERY_CUDA, Counts, Experts, HostCo
 from gpuglass_vllm.gpu_anchor import Anchors
 from gpuglass_vllm.gpu_clock import EventClock, WallClock
 from gpuglass_vllm.kernels import KernelSampler, TooSlow, TorchProfiler
-from gpuglass_vllm.link import Link
+from gpuglass_vllm.link import Link, give_way
 from gpuglass_vllm.step_samples import UNKNOWN as NO_SPAN
 from gpuglass_vllm.step_samples import Noted, Span, StepSamples
 from gpuglass_vllm.tenants import OpenTenants
@@ -55,8 +55,6 @@ ALLOCATOR_INTERVAL = 5.0
 _GRAPH_SIZES = 4096
 _AT_ONCE = 4
 """Steps worked out before the link's thread lets the engine's have the interpreter."""
-_PAUSE = 0.0002
-"""Seconds that it gives it: a thread that waits for the interpreter needs some time to wake up."""
 
 _PROBE = "_gpuglass_probe"
 _HELD = "_gpuglass_held"
@@ -313,8 +311,16 @@ class Probe:
                 output.num_scheduled_tokens,
                 total,
             )
-        self._begin(batch, total in self._graph_sizes)
+        if not self.tid:
+            self.tid = threading.get_native_id()
+        self._number = number = self._number + 1
+        noted = self.step = Noted(batch, number, time.monotonic_ns())
+        self.replays = 0
         self._output = output
+        if self.kernels is not None and self.kernels.due():
+            noted.profiled = self._profile(self.kernels.begin)
+        if not self.clock.begin(noted, total in self._graph_sizes):
+            self._forget(noted)
         experts = self.experts
         self.chosen = experts is not None and EXPERTS.on and experts.begin(total)
 
@@ -371,22 +377,12 @@ class Probe:
         """A step without requests begins: others of a data-parallel group have some."""
         if not self.live:
             return
-        self._begin(None, False)
-        self.chosen = False
-
-    def _begin(self, batch: Batch | None, graph: bool) -> None:
-        """Start the clock for a step."""
         self._number += 1
-        if not self.tid:
-            self.tid = threading.get_native_id()
-        noted = Noted(batch, self._number, time.monotonic_ns())
-        kernels = self.kernels
-        if kernels is not None and batch is not None and kernels.due():
-            noted.profiled = self._profile(kernels.begin)
-        if not self.clock.begin(noted, graph):
-            self._forget(noted)
-        self.step = noted
+        self.step = Noted(None, self._number, time.monotonic_ns())
         self.replays = 0
+        self.chosen = False
+        if not self.clock.begin(self.step, False):
+            self._forget(self.step)
 
     def sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         """All of the step is queued."""
@@ -513,11 +509,11 @@ class Probe:
     def drain_clock(self) -> None:
         """Work out the steps that the device has passed."""
         while self.clock.poll(self._deliver, _AT_ONCE):
-            time.sleep(_PAUSE)
+            give_way()
 
     def take_samples(self) -> list[records.StepSample]:
         """Steps to be told one by one."""
-        return self.samples.take(self.tid, self.on_cuda)
+        return self.samples.take(self.tid, self.on_cuda, give_way)
 
     def take_kernels(self) -> records.StepKernels | None:
         """What ran in a profiled step."""
@@ -561,6 +557,7 @@ class WorkerSource:
             ANCHORS.guard(probe.anchors.refresh)
         STEPS.guard(probe.drain_clock)
         result += probe.ledger.gains(everything).records(at)
+        give_way()
         self._tell_steps(probe)
         now = time.monotonic()
         if ALLOCATOR.on and (everything or now >= self._next_allocator):
@@ -745,7 +742,7 @@ def _watch_replays(probe: Probe) -> None:
 
     def replayed(graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, token: Any) -> None:
         current = _probe_of_graphs
-        if current is not None and current.replays == 1:
+        if current is not None and current.clock.launching:
             current.clock.launched()
 
     hooks.wrap(torch.cuda.CUDAGraph, "replay", STEPS, before=replay, after=replayed)

@@ -299,7 +299,7 @@ def test_while_a_step_is_delivered_its_events_are_its_own() -> None:
 
     def deliver(tag: str, busy: float, idle: float, unknown: float) -> None:
         assert clock.span is not None
-        begin, end = clock.span
+        begin, end, _ = clock.span
         pool = clock._pool
         assert begin not in pool and end not in pool, "the other thread could record them anew"
         found.append((tag, begin.at, end.at, busy / 1e6))  # type: ignore[attr-defined]

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpuglass_vllm import worker
 from gpuglass_vllm.gpu_clock import WallClock
-from gpuglass_vllm.kernels import BUDGET, SHOWN, Kernel, KernelSampler, TooSlow, summary
+from gpuglass_vllm.kernels import (
+    BUDGET,
+    SHOWN,
+    SWITCH_NS,
+    Kernel,
+    KernelSampler,
+    TooSlow,
+    device_time,
+    summary,
+)
 from gpuglass_vllm.records import StepKernels, StepSample
 from gpuglass_vllm.worker import KERNELS, STEPS, Probe, WorkerSource
 
@@ -117,12 +128,45 @@ def test_a_step_that_fails_ends_the_profile() -> None:
 def test_the_longest_are_told_and_the_others_are_summed() -> None:
     told = summary(7, KERNELS_OF_A_STEP, 5000, 20)
     assert told.step == 7 and told.names == [f"k{n}" for n in range(SHOWN)] and told.error_ns == 20
-    assert sum(told.duration_ns) + told.other_ns == sum(kernel.duration_ns for kernel in KERNELS_OF_A_STEP)
+    assert told.duration_ns == sorted((k.duration_ns for k in KERNELS_OF_A_STEP), reverse=True)[:SHOWN]
+    assert sum(told.device_ns) + told.other_ns == pytest.approx(sum(device_time(KERNELS_OF_A_STEP)), abs=20)
     assert told.others == 20 - SHOWN
     assert (told.begun_ns, told.ended_ns) == (
         1000,
         max(k.begin_ns + k.duration_ns for k in KERNELS_OF_A_STEP),
     )
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 50_000), st.integers(1, 9_000)).map(lambda k: Kernel("k", 1, *k)),
+        max_size=30,
+    )
+)
+def test_kernels_divide_the_devices_time(kernels: list[Kernel]) -> None:
+    """Their sum is the time in which some kernel ran, with short pauses closed; nobody has more than his own
+    time and the pause before it."""
+    had = device_time(kernels)
+    busy, until = 0, None
+    for begin, end in sorted((k.begin_ns, k.begin_ns + k.duration_ns) for k in kernels):
+        if until is not None and begin - until <= SWITCH_NS:
+            busy += max(0, end - until)
+        else:
+            busy += end - begin
+        until = end if until is None else max(until, end)
+    assert sum(had) == pytest.approx(busy)
+    assert all(
+        0 < share <= kernel.duration_ns + SWITCH_NS for share, kernel in zip(had, kernels, strict=True)
+    )
+
+
+def test_kernels_that_run_at_once_share() -> None:
+    a, b = Kernel("a", 1, 0, 1000), Kernel("b", 2, 500, 1000)
+    assert device_time([a, b]) == [750, 750]
+    assert device_time([b, a]) == [750, 750]
+    assert device_time([a, Kernel("c", 1, 1500, 100)]) == [1000, 600]
+    assert device_time([a, Kernel("c", 1, 9000, 100)]) == [1000, 100]
+    assert device_time([]) == []
 
 
 @pytest.fixture
