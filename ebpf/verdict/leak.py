@@ -22,7 +22,6 @@ HOLD_SECONDS = 1800.0
 CEILING_SECONDS = 86400.0
 _LOAD_ENDS = 0.5
 """A pace below this share of the minute before ends a load; what ends more slowly was none."""
-_SURELY_STRAIGHT = (0.92, 1.1)
 _STOPPED = 0.25
 """Growth below this share of the suspected pace has stopped."""
 _FREED = 0.25
@@ -150,7 +149,7 @@ class LeakWatch:
                         self._open[scale] = Why.DOUBT
                     elif self._follows_load(found, scale):
                         self._open[scale] = Why.LOAD
-                    elif scale == 0 and self._is_chance(found, at):
+                    elif scale == 0 and self._is_chance(at):
                         self._open[scale] = Why.SLOWING
                         break
                     elif self._is_news(row.floors, scale, at):
@@ -166,14 +165,14 @@ class LeakWatch:
         else:
             self.verdict = Verdict(State.BLIND, Why.DOUBT) if drifted else _HEALTHY
 
-    def _is_chance(self, trend: Trend, at: float) -> bool:
-        """Chance makes a bend look straight once: unless it is quite straight the next minute has to say the
-        same."""
-        least, most = _SURELY_STRAIGHT
-        if least <= trend.bend <= most or at <= self._seconded_until:
-            return False
-        self._seconded_until = at + 2.5 * BIN_SECONDS
-        return True
+    def _is_chance(self, at: float) -> bool:
+        """Chance makes a bend look straight once, and the last floors may hold something temporary, which
+        only later ones tell: one of the next minutes has to say the same."""
+        floors = self._floors.row(0).floors
+        if at > self._seconded_until:
+            self._seconded_until = at + 3.5 * BIN_SECONDS
+            return True
+        return floors[-1] != floors[-1]  # nothing was seen since
 
     def _follows_load(self, trend: Trend, scale: int) -> bool:
         return any(

@@ -55,6 +55,9 @@ _LEAST_BEND = (0.9, 0.96)
 the upper where a small bend would be seen."""
 _MOST_BEND = 1.22
 """Growth that becomes faster all the time is load that rises, or chance."""
+_LEAST_MOST_BEND = 1.15
+"""The same where requests are told, so that chance is in the scatter and not in the load: from here on, as
+far as the scatter lets it be seen, it is memory that follows the load."""
 _BEND_SIGMAS = 2.5
 _MOST_BEND_ERROR = (0.14, 0.08)
 """Standard error of the bend above which nothing can be told from it: for the shortest stretch, and for
@@ -114,11 +117,14 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
     floors = row.floors[-count:]
     if len(floors) < count:
         return Why.SHORT
+    if floors[-1] != floors[-1] and len(row.floors) > count:
+        return judge(_without_last(row), count, kind)  # nothing was seen in it, so it tells nothing
     filled = _filled(floors)
     if filled is None:
         return Why.SHORT
     seconds = (count - 1) * row.seconds
     start = row.end - count * row.seconds
+    filled = _without_bumps(filled, count // STRETCHES[0])
     times = [
         time - start if time == time else (i + 0.5) * row.seconds for i, time in enumerate(row.times[-count:])
     ]
@@ -143,8 +149,8 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
     requests = served[-1] - served[0]
     by_request = requests == requests and requests >= 2 * count
     most_error = _MOST_BEND_ERROR[seconds > STRETCHES[0] * BIN_SECONDS]
-    if not line.is_straight(most_error) and not (
-        by_request and _Fit(served, lasting).is_straight(most_error)
+    if not line.is_straight(most_error, by_request) and not (
+        by_request and _Fit(served, lasting).is_straight(most_error, by_request)
     ):
         return Why.SLOWING
     began = _beginning(row, count, line, growth)
@@ -157,6 +163,14 @@ def judge(row: Row, count: int, kind: str) -> Trend | Why:
     since = row.end - count * row.seconds - row.seconds * began
     per_request = growth / requests if by_request else math.nan
     return Trend(line.slope, growth, since, seconds, line.bend, line.straightness, per_request)
+
+
+def _without_last(row: Row) -> Row:
+    return Row(
+        row.seconds,
+        row.end - row.seconds,
+        *(values[:-1] for values in (row.floors, row.times, row.work, row.doubt)),
+    )
 
 
 def _filled(floors: Sequence[float]) -> list[float] | None:
@@ -179,6 +193,23 @@ def _filled(floors: Sequence[float]) -> list[float] | None:
         filled += [one + (other - one) * k / (j - i) for k in range(j - i)]
     head, tail = points[0][0], len(floors) - points[-1][0]
     return [points[0][1]] * head + filled + [points[-1][1]] * tail
+
+
+def _without_bumps(floors: Sequence[float], most: int) -> list[float]:
+    """Floors without the `most` highest bumps of one interval: floors above both of their neighbours on a way
+    up. In that interval no sample was without something temporary: what the next floor lacks was freed."""
+    found = list(floors)
+    for _ in range(most):
+        heights = [
+            (found[i] - (found[i - 1] + found[i + 1]) / 2, i)
+            for i in range(1, len(found) - 1)
+            if found[i] > found[i + 1] >= found[i - 1]
+        ]
+        if not heights:
+            break
+        _, i = max(heights)
+        found[i] = (found[i - 1] + found[i + 1]) / 2
+    return found
 
 
 def _slows(floors: Sequence[float]) -> bool:
@@ -246,10 +277,12 @@ class _Fit:
         self.bend_error = 2 * self.scatter / math.sqrt(qq) / abs(linear) if linear else math.inf
         """Standard error of `bend`."""
 
-    def is_straight(self, most_error: float) -> bool:
+    def is_straight(self, most_error: float, load_is_told: bool) -> bool:
         """Whether growth neither slows down nor quickens, as far as the scatter lets that be seen."""
-        least = min(max(1 - _BEND_SIGMAS * self.bend_error, _LEAST_BEND[0]), _LEAST_BEND[1])
-        return self.bend_error <= most_error and least <= self.bend <= _MOST_BEND
+        seen = _BEND_SIGMAS * self.bend_error
+        least = min(max(1 - seen, _LEAST_BEND[0]), _LEAST_BEND[1])
+        most = min(max(1 + seen, _LEAST_MOST_BEND), _MOST_BEND) if load_is_told else _MOST_BEND
+        return self.bend_error <= most_error and least <= self.bend <= most
 
 
 def _load_rise(work: Sequence[float], count: int) -> float:
