@@ -120,7 +120,7 @@ def doctor(
         capture_output=True,
         text=True,
         env=env | environment,
-        timeout=40,
+        timeout=60,
     )
 
 
@@ -178,7 +178,7 @@ def test_a_hung_call_does_not_hang_the_doctor(tmp_path: Path) -> None:
     )
     began = time.monotonic()
     done = doctor("--json", scenario=scenario, program=("-c", shorter))
-    assert 1.5 < time.monotonic() - began < 10
+    assert 1.5 < time.monotonic() - began < 40
     assert done.returncode == 1, done.stderr
     found = {check["id"]: check for check in json.loads(done.stdout)["checks"]}
     assert "a call into the driver did not return within 1.5 s" in found["gpu.hang"]["finding"]
@@ -778,11 +778,11 @@ def test_answers_are_bounded_in_time_and_size() -> None:
         assert not cut.complete and len(cut.body) == 999
     began = time.monotonic()
     with (
-        serving(lambda *_: (200, "", b"x" * 40), drip=0.1) as port,
+        serving(lambda *_: (200, "", b"x" * 200), drip=0.1) as port,
         pytest.raises(http.NoAnswer, match=r"within 0\.5 s"),
     ):
         http.get(url(port), "/", seconds=0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15, "all of it takes 20 s"
 
 
 def test_why_there_is_no_answer() -> None:

