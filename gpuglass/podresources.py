@@ -242,8 +242,8 @@ class PodResourcesClient:
             # (grpc#38142).
             ("grpc.default_authority", "localhost"),
             ("grpc.enable_http_proxy", 0),
-            # The connection of the call before may linger in a pool of all channels: each call makes its own, so
-            # that a socket that was replaced, or may not be opened any more, is noticed at once.
+            # The connection of the call before may linger in a pool of all channels: each call makes its own,
+            # so that a socket that was replaced, or may not be opened any more, is noticed at once.
             ("grpc.use_local_subchannel_pool", 1),
         )
         request = messages()["ListPodResourcesRequest"]()
