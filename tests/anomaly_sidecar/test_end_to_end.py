@@ -56,16 +56,16 @@ def sidecar(config: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blocks with three days of four series; the last has been far too high for half an hour."""
+    """Blocks with three days of four series; the last has been far too high for ten minutes."""
     from gpuglass.demo import distribution
 
     folder = tmp_path_factory.mktemp("history")
     now = time.time()
     times = np.arange((now - 3 * 86_400) // 60 * 60, now, 60.0)
     # The same hours whenever it runs, and no shape of a week, which three days do not foretell: only the last
-    # half hour is to be unusual.
+    # minutes are to be unusual.
     values = history.daily(len(LABELS), times - times[-1] + NOON, seed=3, noise=0.03, week=0)
-    values[times > now - 1800, 3] *= 3
+    values[times > now - 600, 3] *= 3  # after half an hour it is the new normal
     history.write(folder, distribution.find("promtool"), NAME, LABELS, times, values)
     return folder
 
