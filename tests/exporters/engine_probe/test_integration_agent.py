@@ -80,7 +80,8 @@ def test_the_request_that_hogs_the_kv_cache_is_named(probed: Probed, agent: Runn
 
     hog = threading.Thread(target=ask, args=("hog", 200, 1600, 200))
     hog.start()
-    time.sleep(0.5)
+    in_use = "vllm:kv_cache_usage_perc"
+    probed.server.wait(lambda: probed.server.value(in_use) > 0.5, "the prompt in the KV cache", 60)
     small = [threading.Thread(target=ask, args=(f"small-{n}", 201 + n, 100, 100)) for n in range(4)]
     for thread in small:
         thread.start()
