@@ -234,8 +234,9 @@ class EventClock(Generic[Tag]):
             if entry.unseen:  # the graph that was sure to follow did not: how long it waited is not known
                 busy, unknown = 0.0, busy
         else:
-            launch = min(float(entry.launch_ns), _ns(begin, end))
-            busy = _ns(begin, end) - launch
+            busy = _ns(begin, end)
+            launch = min(float(entry.launch_ns), busy)
+            busy -= launch
             if before is not None:
                 pause = _ns(before, begin) + launch
                 idle, unknown = (0.0, pause) if entry.gap else (pause, 0.0)
