@@ -24,8 +24,9 @@ from prometheus_client import CollectorRegistry, Counter, start_http_server
 
 from tests.support import bench, requirements
 from tests.support.budgets import CORE, ROOMS, SECONDS, Spent, room_of
+from tests.support.cached import BuildFailed
 from tests.support.prometheus import PrometheusError, promtool_check_metrics, running_prometheus
-from tests.support.tools import PROMETHEUS, TOOLS, BuildFailed, GoTool
+from tests.support.tools import PROMETHEUS, TOOLS, GoTool
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,13 +7,12 @@ In: the pinned list in tests/tools/cudart. Out: a folder in the cache with `libc
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from gpuglass.demo.distribution import cache_folder, locked
-from tests.support.tools import LOG_LINES, MODULES, BuildFailed
+from gpuglass.demo.distribution import cache_folder
+from tests.support.cached import make_once, run
+from tests.support.tools import MODULES
 
 LIST = MODULES / "cudart" / "requirements.txt"
 
@@ -30,20 +29,12 @@ def libraries() -> list[Path]:
 
 def install() -> None:
     """Install them unless they are there. Raises BuildFailed."""
-    with locked(entry().parent / ".cudart.lock"):
-        if entry().exists():
-            return
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=entry().parent) as temporary:
-            done = subprocess.run(
-                [
-                    *(sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:"),
-                    *("--quiet", "--target", f"{temporary}/packages", "-r", str(LIST)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            if done.returncode:
-                raise BuildFailed("\n".join(done.stdout.splitlines()[-LOG_LINES:]))
-            Path(temporary, "packages").rename(entry())
+
+    def make(folder: Path) -> Path:
+        run(
+            *(sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:"),
+            *("--quiet", "--target", f"{folder}/packages", "-r", str(LIST)),
+        )
+        return folder / "packages"
+
+    make_once(entry(), ".cudart.lock", make)

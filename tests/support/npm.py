@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuglass.demo.distribution import cache_folder, locked
-from tests.support.tools import LOG_LINES, MODULES, BuildFailed
+from gpuglass.demo.distribution import cache_folder
+from tests.support.cached import make_once, run
+from tests.support.tools import MODULES
 
 FILES = ("package.json", "package-lock.json")
 
@@ -36,26 +35,16 @@ class NpmModules:
 
     def install(self) -> None:
         """Installs all packages unless they are there. Raises BuildFailed."""
-        entry = self.entry()
-        with locked(entry.parent / f".{self.name}.lock"):
-            if entry.exists():
-                return
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=entry.parent) as temporary:
-                work = Path(temporary, "modules")
-                work.mkdir()
-                for file in FILES:
-                    shutil.copy(MODULES / self.name / file, work)
-                done = subprocess.run(
-                    ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-                    cwd=work,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-                if done.returncode:
-                    raise BuildFailed("\n".join(done.stdout.splitlines()[-LOG_LINES:]))
-                work.rename(entry)
+
+        def make(folder: Path) -> Path:
+            work = folder / "modules"
+            work.mkdir()
+            for file in FILES:
+                shutil.copy(MODULES / self.name / file, work)
+            run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=work)
+            return work
+
+        make_once(self.entry(), f".{self.name}.lock", make)
 
 
 GRAFANA_SCHEMA = NpmModules("grafana-schema")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from gpuglass.demo import distribution
-from tests.support import cudart, npm, tools, vllm_environment
+from tests.support import cached, cudart, npm, tools, vllm_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -331,7 +331,7 @@ def main(name: str) -> int:
         OSError,
         subprocess.SubprocessError,
         distribution.ProgramMissing,
-        tools.BuildFailed,
+        cached.BuildFailed,
         vllm_environment.InstallFailed,
     ) as error:
         print(error)

@@ -11,20 +11,14 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuglass.demo.distribution import cache_folder, locked
+from gpuglass.demo.distribution import cache_folder
+from tests.support.cached import make_once, run
 
 MODULES = Path(__file__).parents[1] / "tools"
 COMMON_FLAGS = ("-mod=readonly", "-trimpath", "-ldflags=-s -w")
-LOG_LINES = 12
-"""How much of a failed build's output is shown."""
-
-
-class BuildFailed(Exception):
-    """The text holds the last lines of the build's output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +50,17 @@ class GoTool:
 
         One build at a time: each takes all cores, and two at once only take the memory of both.
         """
-        entry = self.entry()
-        with locked(entry.parent / ".lock"):
-            if entry.exists():
-                return
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=entry.parent) as temporary:
-                command = ["go", "build", *COMMON_FLAGS, *self.flags, "-o", f"{temporary}/bin/", "tool"]
-                done = subprocess.run(
-                    command,
-                    cwd=self.modules / self.name,
-                    env=os.environ | {"CGO_ENABLED": "0"},  # static: needs no C compiler, runs anywhere
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-                if done.returncode:
-                    raise BuildFailed("\n".join(done.stdout.splitlines()[-LOG_LINES:]))
-                Path(temporary, "bin").rename(entry)
+
+        def make(folder: Path) -> Path:
+            # Static: needs no C compiler, runs anywhere.
+            run(
+                *("go", "build", *COMMON_FLAGS, *self.flags, "-o", f"{folder}/bin/", "tool"),
+                cwd=self.modules / self.name,
+                env=os.environ | {"CGO_ENABLED": "0"},
+            )
+            return folder / "bin"
+
+        make_once(self.entry(), ".lock", make)
 
 
 PROMETHEUS = GoTool(
