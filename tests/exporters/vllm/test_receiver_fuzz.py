@@ -137,6 +137,17 @@ def expose(rig: Rig) -> bytes:
     return store.exposition(frozenset(Tier), negotiate("application/openmetrics-text;version=1.0.0"))
 
 
+def offer(sender: Raw, seq: int, items: list[Any]) -> bool:
+    """Send a packet, if it is not too large for one; whether the receiver still listens."""
+    data = ENCODER.encode({"seq": seq, "records": items})
+    try:
+        if len(data) <= records.MAX_PACKET:
+            sender.bytes(data)
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
+
+
 def finish(rig: Rig, sender: Raw) -> None:
     """See that a packet was dealt with: the receiver is alive and has read what came before."""
     sender.close()
@@ -154,12 +165,8 @@ def test_any_records_are_taken_or_refused(
 ) -> None:
     raw = rig.connect(hello(role=role, sender=f"{sender}-{role}", experts=EXPERTS, instance="fuzz"))
     for seq, items in packets:
-        data = ENCODER.encode({"seq": seq, "records": items})
-        if len(data) <= records.MAX_PACKET:
-            try:
-                raw.bytes(data)
-            except (BrokenPipeError, ConnectionResetError):
-                break  # shown out for garbage
+        if not offer(raw, seq, items):
+            break  # shown out for garbage
     finish(rig, raw)
     assert rig.receiver.counts.refused["internal"] == 0  # type: ignore[index]
     assert expose(rig).endswith(b"# EOF\n")
@@ -183,12 +190,8 @@ def test_any_records_of_a_tracer_are_taken_or_refused(
     before = rig.receiver.counts.refused["not_allowed"]  # type: ignore[index]
     raw = rig.connect(hello(role=records.TRACER, sender=sender, pool=None, instance="fuzz"))
     for items in packets:
-        data = ENCODER.encode({"seq": 0, "records": items})
-        if len(data) <= records.MAX_PACKET:
-            try:
-                raw.bytes(data)
-            except (BrokenPipeError, ConnectionResetError):
-                break  # shown out for garbage
+        if not offer(raw, 0, items):
+            break
     finish(rig, raw)
     for _ in range(PUBLISH_EVERY):
         traced.part.round()
