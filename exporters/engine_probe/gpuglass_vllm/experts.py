@@ -40,9 +40,6 @@ INTERVAL = 2.0
 MAX_HELD_BYTES = 256 * 2**20
 """Bytes of `topk_ids` kept for captured graphs; graphs captured beyond that are not counted."""
 
-MAX_KNOWN = 1024
-"""Captured graphs, or rows of them, whose layers are looked at only once."""
-
 MAX_COUNTED = 2**30
 """Tokens counted between two copies: with no agent to tell, counting rests there, below 32 bits."""
 
@@ -63,6 +60,8 @@ class Held:
 
     serial: int
     ids: dict[int, Any] = field(default_factory=dict)
+    choices: Choices | None = None
+    """The same, once it was seen that one graph has all layers: it is looked at only once."""
 
 
 @dataclass(slots=True)
@@ -89,7 +88,6 @@ class Routing:
         self.held_bytes = 0
         self.incomplete = 0
         """Steps that could not be counted since the process began."""
-        self._known: dict[tuple[int, ...], Choices] = {}
         self._live = False
         self._eager: dict[int, Any] = {}
         self._replayed: list[Held] = []
@@ -140,17 +138,18 @@ class Routing:
         found, replayed = self._eager, self._replayed
         self._eager, self._replayed = {}, []
         key = () if found else tuple([held.serial for held in replayed])
-        known = self._known.get(key) if key else None
-        if known is None:
+        whole = replayed[0] if key and len(replayed) == 1 else None
+        choices = whole.choices if whole is not None else None
+        if choices is None:
             for held in replayed:
                 found.update(held.ids)
-            known = self._complete(found, key)
-            if known is not None and key and len(self._known) < MAX_KNOWN:
-                self._known[key] = known
-        if known is None or known.rows < tokens:
+            choices = self._complete(found, key)
+            if whole is not None:
+                whole.choices = choices
+        if choices is None or choices.rows < tokens:
             self.incomplete += 1
             return None
-        return known
+        return choices
 
     def _complete(self, found: dict[int, Any], key: tuple[int, ...]) -> Choices | None:
         if len(found) != len(self.layout.layers):

@@ -212,7 +212,7 @@ class EventClock(Generic[Tag]):
             while last > passed and queue[last - 1].end is None:
                 last -= 1  # noted without a time
             end = queue[last - 1].end if last > passed else None
-            if end is None or end.query():
+            if end is None or self._query(end):
                 passed = ahead
             elif ahead == passed + 1:
                 break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import msgspec
@@ -120,6 +122,23 @@ def test_a_captured_graph_leaves_its_choices_at_every_replay() -> None:
         routing.replayed(held)
         choices = routing.take(3)
         assert choices == Choices([first, second], (held.serial,), 4)
+
+
+def test_what_a_graph_left_goes_with_the_graph() -> None:
+    """A tensor that we keep keeps its place in the graph's memory."""
+    routing = Routing(LAYOUT)
+    tensors = [ids(4), ids(4)]
+    kept = [weakref.ref(tensor) for tensor in tensors]
+    held = routing.capture_begin()
+    for index, tensor in enumerate(tensors):
+        routing.capture_fn(index, None)(tensor)
+    routing.capture_end()
+    routing.begin()
+    routing.replayed(held)
+    assert routing.take(4) is not None
+    del held, tensors, tensor
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_pieces_of_a_step_are_put_together() -> None:
