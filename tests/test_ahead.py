@@ -44,6 +44,16 @@ def test_what_is_asked_for_is_made_once_in_the_order_of_the_tests(made: list[str
     assert made == ["second", "first", "end of first", "end of second"]
 
 
+def test_what_no_test_has_as_its_fixture_ends_too(made: list[str]) -> None:
+    """What one thing that is made asks of another."""
+    part = prepared("part", making(made, "part"))
+    whole = prepared("whole", lambda _: part.get())
+    thread = Ahead(["whole"])
+    whole.get()
+    thread.stop()
+    assert made == ["part", "end of part"]
+
+
 def test_a_failure_is_raised_where_it_is_asked_for_and_the_next_is_made(made: list[str]) -> None:
     def fail(stack: ExitStack) -> str:
         stack.callback(made.append, "end")

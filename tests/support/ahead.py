@@ -95,10 +95,10 @@ class Ahead:
             one.begin()
 
     def stop(self) -> None:
-        """Makes nothing more, and ends what was made."""
+        """Makes nothing more, and ends what was made, by the thread or by those who asked."""
         self._stopping.set()
         self._thread.join()
-        for one in reversed(self._queue):
+        for one in (*reversed(self._queue), *reversed(_registered.values())):
             one.close()
 
 
