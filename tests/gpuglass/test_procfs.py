@@ -130,22 +130,21 @@ def test_a_zombie_or_dead_process_is_told_and_is_gone(state: str) -> None:
 
 
 def test_a_real_zombie_is_gone_and_after_reaping_is_no_process() -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
+    # Not a fork: what other tests import may start threads in every forked child, and those end one by one.
+    child = subprocess.Popen(["true"])
     procfs = ProcFs()
 
     def is_zombie() -> bool:
-        process = procfs.process(child)
+        process = procfs.process(child.pid)
         return process is not None and process.state == "Z"
 
     try:
         wait_until(is_zombie)
-        process = procfs.process(child)
+        process = procfs.process(child.pid)
         assert process is not None and process.gone and process.parent == os.getpid()
     finally:
-        os.waitpid(child, 0)
-    assert procfs.process(child) is None
+        child.wait()
+    assert procfs.process(child.pid) is None
 
 
 MAIN_THREAD_LEAVES = """

@@ -47,9 +47,18 @@ _TITLES = {
 """What the command lines of a role's processes look like."""
 
 
-def cores() -> list[int]:
-    """The processor cores that this process may use."""
-    return sorted(os.sched_getaffinity(0))
+def core() -> int:
+    """The one processor core that servers of the tests use: the last one that this process may use.
+
+    vLLM's processes wait for each other by yielding in a loop. On small machines that takes every core from
+    those that watch it, and some kernels (Linux 6.18) leave what shares a core with such a loop waiting for
+    seconds. Since they mostly take turns, one core makes them little slower.
+    """
+    return max(os.sched_getaffinity(0))
+
+
+def _on_one_core(command: Sequence[str]) -> list[str]:
+    return ["taskset", "--cpu-list", str(core()), *command]
 
 
 def environment(
@@ -68,8 +77,7 @@ def environment(
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        # Small models gain nothing from more threads, and threads that wait take cores from others.
-        "VLLM_CPU_OMP_THREADS_BIND": str(cores()[0]),
+        "VLLM_CPU_OMP_THREADS_BIND": str(core()),
     }
     probe = {"PYTHONPATH": str(site)} if site else {}
     told = {"GPUGLASS_SOCKET": str(socket)} if socket else {}
@@ -190,7 +198,7 @@ def running_vllm(
     log_file = folder / "vllm.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            command,
+            _on_one_core(command),
             cwd=folder,
             env=environment(site, socket, env),
             stdin=subprocess.DEVNULL,
@@ -222,7 +230,7 @@ def run_offline(
     log_file = folder / "offline.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [str(vllm_environment.python()), str(script)],
+            _on_one_core([str(vllm_environment.python()), str(script)]),
             cwd=folder,
             env=environment(site, socket, env),
             stdin=subprocess.PIPE,

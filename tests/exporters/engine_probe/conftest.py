@@ -14,7 +14,7 @@ import pytest
 from tests.support import vllm_environment
 from tests.support.ahead import Prepared, prepared, short_folder
 from tests.support.probe_receiver import ProbeReceiver, running_receiver
-from tests.support.vllm import SMALL_POOL, RunningVllm, cores, running_vllm
+from tests.support.vllm import SMALL_POOL, RunningVllm, core, running_vllm
 from tests.support.vllm_models import make_model
 
 MIDDLEWARE = ("--middleware", "gpuglass_vllm.middleware.Middleware")
@@ -113,7 +113,7 @@ _RANKS = _kept(
     "_two_ranks",
     QWEN,
     ("--tensor-parallel-size", "2", "--block-size", "32", "--num-gpu-blocks-override", "80", *MIDDLEWARE),
-    TENANTS | {"VLLM_CPU_OMP_THREADS_BIND": f"{cores()[0]}|{cores()[-1]}"},
+    TENANTS | {"VLLM_CPU_OMP_THREADS_BIND": f"{core()}|{core()}"},
 )
 
 
