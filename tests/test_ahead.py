@@ -24,6 +24,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield []
 
 
+def here(*names: str) -> list[ahead.Fixture]:
+    return [(__name__, name) for name in names]
+
+
 def making(made: list[str], name: str) -> Make:
     def make(stack: ExitStack) -> str:
         stack.callback(made.append, f"end of {name}")
@@ -36,7 +40,7 @@ def making(made: list[str], name: str) -> Make:
 def test_what_is_asked_for_is_made_once_in_the_order_of_the_tests(made: list[str]) -> None:
     first, second = prepared("first", making(made, "first")), prepared("second", making(made, "second"))
     prepared("third", making(made, "third"))
-    thread = Ahead(["second", "tmp_path", "first", "second"])
+    thread = Ahead(here("second", "tmp_path", "first", "second"))
     thread._thread.join()
     assert made == ["second", "first"]
     assert (first.get(), second.get()) == ("first", "second")
@@ -48,7 +52,7 @@ def test_what_no_test_has_as_its_fixture_ends_too(made: list[str]) -> None:
     """What one thing that is made asks of another."""
     part = prepared("part", making(made, "part"))
     whole = prepared("whole", lambda _: part.get())
-    thread = Ahead(["whole"])
+    thread = Ahead(here("whole"))
     whole.get()
     thread.stop()
     assert made == ["part", "end of part"]
@@ -60,7 +64,7 @@ def test_a_failure_is_raised_where_it_is_asked_for_and_the_next_is_made(made: li
         raise OSError("no such model")
 
     bad, good = prepared("bad", fail), prepared("good", making(made, "good"))
-    thread = Ahead(["bad", "good"])
+    thread = Ahead(here("bad", "good"))
     thread._thread.join()
     assert good.get() == "good"
     for _ in range(2):
@@ -79,7 +83,7 @@ def test_who_comes_early_waits_for_what_is_begun_and_makes_the_rest(made: list[s
         return making(made, "slow")(stack)
 
     slow, quick = prepared("slow", slowly), prepared("quick", making(made, "quick"))
-    thread = Ahead(["slow", "quick"])
+    thread = Ahead(here("slow", "quick"))
     assert begun.wait(30)
     assert quick.get() == "quick"
     threading.Timer(0.05, go_on.set).start()
@@ -100,7 +104,7 @@ def test_with_little_memory_each_is_made_by_the_test_that_needs_it(
 ) -> None:
     monkeypatch.setattr(ahead, "FREE_MEBIBYTES", 1 << 30)
     one = prepared("one", making(made, "one"))
-    thread = Ahead(["one"])
+    thread = Ahead(here("one"))
     thread._thread.join()
     assert made == []
     assert one.get() == "one"
@@ -131,6 +135,7 @@ def lacking(stack):
 
 SLOW = ahead.prepared("slow", make)
 LACKING = ahead.prepared("nothing", lacking)
+ELSEWHERE = ahead.prepared("tmp_path", lacking)
 
 @pytest.fixture
 def slow(): return SLOW.get()
@@ -149,7 +154,7 @@ def test_lacks_something(nothing): pass
 
 def test_end(): assert END
 
-def test_it(slow): assert slow
+def test_it(slow, tmp_path): assert slow and tmp_path.is_dir()  # the tmp_path of another module
 """
 
 

@@ -1,9 +1,9 @@
 """Slow things that tests need, made before their turn: one after the other in a thread, beside the tests.
 
-In: functions by the name of the fixture that gives their result, `ahead.prepared("NAME", make)` in a
-conftest or test module. Out: `get()`, which waits while the thread makes it and makes it itself where the
-thread has not begun. What is made is a process that starts or computes, so that the thread mostly waits; a
-failure is raised where the result is asked for.
+In: functions by the name of the fixture that gives their result, `ahead.prepared("NAME", make)` in the
+conftest or test module of both. Out: `get()`, which waits while the thread makes it and makes it itself where
+the thread has not begun. What is made is a process that starts or computes, so that the thread mostly waits;
+a failure is raised where the result is asked for.
 """
 
 from __future__ import annotations
@@ -69,21 +69,24 @@ def short_folder(stack: ExitStack) -> Path:
     return folder
 
 
-_registered: dict[str, Prepared[Any]] = {}
+Fixture = tuple[str, str]
+"""The module of a fixture, and its name."""
+
+_registered: dict[Fixture, Prepared[Any]] = {}
 
 
 def prepared(fixture: str, make: Callable[[ExitStack], T]) -> Prepared[T]:
-    """What `fixture` gives; it is made ahead if a selected test asks for that fixture."""
-    _registered[fixture] = made = Prepared(make)
+    """What `fixture` of `make`'s module gives; it is made ahead if a selected test asks for that fixture."""
+    _registered[make.__module__, fixture] = made = Prepared(make)
     return made
 
 
 class Ahead:
     """The thread of one session."""
 
-    def __init__(self, fixtures: Iterable[str]) -> None:
+    def __init__(self, fixtures: Iterable[Fixture]) -> None:
         """Begins to make what these fixtures give, in their order, as far as it is registered."""
-        self._queue = [_registered[name] for name in dict.fromkeys(fixtures) if name in _registered]
+        self._queue = [_registered[one] for one in dict.fromkeys(fixtures) if one in _registered]
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ahead", daemon=True)
         self._thread.start()

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from tests.support import processes
-from tests.support.ahead import Ahead
+from tests.support.ahead import Ahead, Fixture
 from tests.support.budgets import Spent
 from tests.support.requirements import (
     REQUIREMENTS,
@@ -128,12 +128,16 @@ class Budgets:
             terminalreporter.write_line(line, red=True)
 
 
-def _fixtures_of_tests_that_run(session: pytest.Session) -> Iterator[str]:
+def _fixtures_of_tests_that_run(session: pytest.Session) -> Iterator[Fixture]:
     """In the order of the tests; not of those that lack something, or still wait for it."""
     provision = session.config.stash[PROVISION]
     for item in session.items:
-        if not any(provision.is_pending(name) or provision.lacking(name) for name in needs(item)):
-            yield from getattr(item, "fixturenames", ())
+        if any(provision.is_pending(name) or provision.lacking(name) for name in needs(item)):
+            continue
+        if isinstance(item, pytest.Function):
+            # pytest tells which definition of a name a test gets nowhere else.
+            for name, definitions in item._fixtureinfo.name2fixturedefs.items():
+                yield definitions[-1].func.__module__, name
 
 
 @pytest.fixture(scope="session", autouse=True)

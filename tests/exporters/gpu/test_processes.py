@@ -73,7 +73,7 @@ def test_an_idle_process_has_an_sm_share_of_zero(tmp_path: Path, proc: FakeProc)
 
 
 def test_before_the_driver_was_asked_twice_the_sm_share_is_unknown(tmp_path: Path, proc: FakeProc) -> None:
-    with running_node(tmp_path, shared_gpu(), proc=proc, interval=1.0, slow_interval=1.0) as node:
+    with running_node(tmp_path, shared_gpu(), proc=proc, slow_interval=60.0) as node:
         node.wait_value(MEMORY, 600 * MIB, process="vllm")
         assert node.samples(SM) == []
 
