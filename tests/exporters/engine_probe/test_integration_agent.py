@@ -85,20 +85,23 @@ def test_the_request_that_hogs_the_kv_cache_is_named(probed: Probed, agent: Runn
     small = [threading.Thread(target=ask, args=(f"small-{n}", 201 + n, 100, 100)) for n in range(4)]
     for thread in small:
         thread.start()
-    shares: list[tuple[str, float]] = []
+    truth = -(-(1600 + 200 - 1) // BLOCK_TOKENS) / POOL
 
-    def look() -> None:
-        """One scrape: what is told at one moment."""
+    def largest() -> float:
+        """Share of the largest holder, in one scrape: what is told at one moment."""
         ratios = agent.samples("gpuglass_kv_holder_ratio", path="/metrics/fast")
         assert sum(s.value for s in ratios) <= 1.0
-        shares.extend((s.labels["tenant"], s.value) for s in ratios if s.labels["holder"] == "1")
+        first = {s.labels["tenant"]: s.value for s in ratios if s.labels["holder"] == "1"}
+        share = max(first.values(), default=0.0)
+        assert share <= truth and (share <= 0.25 or first == {"hog": share})
+        return share
 
     while hog.is_alive():
-        look()
+        largest()
         time.sleep(0.2)
     for thread in (hog, *small):
         thread.join()
-    truth = -(-(1600 + 200 - 1) // BLOCK_TOKENS) / POOL
+    assert all(reply.ok for reply in replies.values())
 
     def peak() -> list[Exemplar]:
         found = _exemplars(agent, "gpuglass_kv_request_peak_ratio_bucket")
@@ -126,20 +129,20 @@ def test_the_request_that_hogs_the_kv_cache_is_named(probed: Probed, agent: Runn
         hog = threading.Thread(target=ask, args=("hog", number, 700, 1100))
         hog.start()
         named: set[str] = set()
+        share = 0.0
         while hog.is_alive():
-            look()
+            share = max(share, largest())
             exemplars = _exemplars(agent, "gpuglass_kv_hog_seconds_total")
             if hog.is_alive():
                 named |= {exemplar.labels["trace_id"] for _, exemplar in exemplars}
             time.sleep(0.2)
+        assert replies["hog"].ok
         assert named <= {trace_id(n) for n in range(200, number + 1)}
-        return trace_id(number) in named and any(share > 0.25 for _, share in shares)
+        # It grows from the prompt's share; how far a scrape sees it come is the machine's matter.
+        return trace_id(number) in named and share >= 0.99 * (700 // BLOCK_TOKENS / POOL)
 
     # Counters are told every five seconds; which requests live for that long is the machine's matter.
     assert any(named_while_it_runs(number) for number in range(210, 230))
-    assert all(reply.ok for reply in replies.values())
-    assert {tenant for tenant, share in shares if share > 0.25} == {"hog"}
-    assert max(share for _, share in shares) <= truth
 
 
 def _streams(tenants: tuple[str, ...]) -> dict[str, Any]:
